@@ -1,0 +1,59 @@
+"""Canonical views: what a kernel sees of a tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself where it covers its storage without gaps or overlaps, else a compact copy in the same order."""
+    return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone(memory_format=torch.preserve_format)
+
+
+def match(x: Tensor, like: Tensor) -> Tensor:
+    """x itself where it has the strides of ``like``, else a copy that has (an expanded or transposed gradient, say)."""
+    if x.stride() == like.stride():
+        return x
+    return torch.empty_like(x, memory_format=torch.contiguous_format).as_strided(x.size(), like.stride()).copy_(x)
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether batch norm's output for x is channels_last (2-d) or channels_last_3d: x is, and is not contiguous too."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+
+
+def planes_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor of x's shape in the layout of batch norm's outputs and gradients: channels_last or contiguous."""
+    form = torch.contiguous_format
+    if channels_last(x):
+        form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return torch.empty_like(x, dtype=dtype, memory_format=form)
+
+
+def planes(x: Tensor) -> Tensor | None:
+    """x of [N, C, ...] as a view [N, C, S]; None where no strides can express it."""
+    if x.dim() == 2:
+        return x.unsqueeze(2)
+    if x.dim() == 3:
+        return x
+    size, stride = 1, 0
+    for n, step in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if n == 1:
+            continue
+        if size == 1:
+            stride = step
+        elif step != stride * size:
+            return None
+        size *= n
+    return x.as_strided((x.size(0), x.size(1), size), (x.stride(0), x.stride(1), stride))
+
+
+def to_planes(x: Tensor) -> Tensor:
+    """x itself where a kernel reads it in place ([N, C, S] with channels or positions adjacent), else a dense copy."""
+    view = planes(x)
+    if view is not None and (view.stride(2) == 1 or view.stride(1) == 1 or view.size(2) == 1):
+        return x
+    return planes_like(x).copy_(x)

@@ -1,0 +1,1 @@
+"""Everything between a tensor and a kernel, one folder per family."""

@@ -1,0 +1,282 @@
+"""Activations on their own: GELU, SiLU, SELU, Swish with a learnable beta, and every other that a norm can fuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnorm import dispatch, layout
+from fastnorm.ops.activation import reference
+from fastnorm.ops.registry import differentiable_backward, register
+
+NAMES = tuple(reference.ACTIVATIONS)
+_GELU = {"none": "gelu", "tanh": "gelu_tanh", "sigmoid": "gelu_sigmoid"}
+
+
+def check_name(name: str | None) -> str:
+    """The activation's name, "identity" for None; ValueError, with the choices, for a name that is none of them."""
+    if name is None:
+        return "identity"
+    if name not in reference.ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(NAMES)}, or None")
+    return name
+
+
+def _check_dtype(x: Tensor, function: str) -> None:
+    if not x.is_floating_point():
+        raise NotImplementedError(f'"{function}" not implemented for {x.dtype}: give a floating-point tensor')
+
+
+# the outputs, and what an op of this family looks like to torch
+
+
+def _forward_outputs(x: Tensor, name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _backward_outputs(x: Tensor, dy: Tensor, name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _inplace_outputs(x: Tensor, name: str) -> tuple[()]:
+    return ()
+
+
+def _swish_backward_outputs(
+    x: Tensor, dy: Tensor, beta: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    return torch.empty_like(x) if needs[0] else None, torch.empty_like(beta) if needs[1] else None
+
+
+def _swish_forward_outputs(x: Tensor, beta: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+_forward = register("activation", "activation_forward", "(Tensor x, str name) -> Tensor", _forward_outputs)
+_backward = register("activation", "activation_backward", "(Tensor x, Tensor dy, str name) -> Tensor", _backward_outputs)
+_forward_ = register("activation", "activation_forward_", "(Tensor(a!) x, str name) -> ()", _inplace_outputs)
+_swish_forward = register("activation", "swish_forward", "(Tensor x, Tensor beta) -> Tensor", _swish_forward_outputs)
+_swish_backward = register(
+    "activation",
+    "swish_backward",
+    "(Tensor x, Tensor dy, Tensor beta, bool[2] needs) -> (Tensor?, Tensor?)",
+    _swish_backward_outputs,
+)
+
+
+class ActivationFunction(torch.autograd.Function):
+    """y = activation(x); saves x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, inplace: bool) -> Tensor:
+        ctx.name = name
+        needed: bool = ctx.needs_input_grad[0]
+        if inplace:
+            ctx.mark_dirty(x)
+            ctx.save_for_backward(x.clone() if needed else None)
+            _forward_(x, name)
+            return x
+        x = layout.dense(x)
+        ctx.save_for_backward(x if needed else None)
+        y: Tensor = _forward(x, name)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            composite = reference.ACTIVATIONS[ctx.name].value
+            return *differentiable_backward(composite, (x,), dy), None, None  # type: ignore[return-value]
+        return _backward(x, layout.match(dy, x), ctx.name), None, None
+
+
+class SwishFunction(torch.autograd.Function):
+    """y = x * sigmoid(beta * x); saves x and beta."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: Tensor) -> Tensor:
+        x = layout.dense(x)
+        ctx.save_for_backward(x, beta)
+        y: Tensor = _swish_forward(x, beta)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, beta = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_backward(reference.swish, (x, beta), dy)  # type: ignore[return-value]
+        dx, dbeta = _swish_backward(x, layout.match(dy, x), beta, list(ctx.needs_input_grad))
+        return dx, dbeta
+
+
+def activation(input: Tensor, name: str | None, inplace: bool = False) -> Tensor:
+    """Apply the activation of that name, the ones a norm can fuse.
+
+    .. math:: y = f(x)
+
+    Names: identity, relu, relu6, leaky_relu (0.01), elu (1), selu, gelu, gelu_tanh, gelu_sigmoid, silu, hardswish,
+    mish, tanh, sigmoid; parameters are torch's defaults. Half types compute in fp32.
+
+    Args:
+        input: any shape, floating point; a dense layout (channels_last too) is kept, others are compacted.
+        name: one of the names above; None means identity.
+        inplace: overwrite ``input``.
+
+    Returns:
+        Same shape and dtype as ``input``.
+
+    Raises:
+        ValueError: the name is unknown.
+        NotImplementedError: ``input`` is not floating point.
+
+    Example:
+        >>> import torch, fastnorm
+        >>> fastnorm.functional.activation(torch.tensor([-1.0, 2.0]), "relu6")
+        tensor([0., 2.])
+    """
+    name = check_name(name)
+    if name == "identity":
+        return input if inplace else input.clone()
+    return _activation(input, name, inplace)
+
+
+def _activation(input: Tensor, name: str, inplace: bool = False) -> Tensor:
+    if dispatch.native("activation", input):
+        y = reference.ACTIVATIONS[name].value(input)
+        return input.copy_(y) if inplace else y
+    _check_dtype(input, name)
+    result: Tensor = ActivationFunction.apply(input, name, inplace)  # type: ignore[no-untyped-call]
+    return result
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """Gaussian error linear unit.
+
+    .. math::
+        \\text{none: } \\tfrac{x}{2}(1 + \\operatorname{erf}(x/\\sqrt 2)) \\qquad
+        \\text{tanh: } \\tfrac{x}{2}(1 + \\tanh(\\sqrt{2/\\pi}(x + 0.044715 x^3))) \\qquad
+        \\text{sigmoid: } x\\,\\sigma(1.702 x)
+
+    Args:
+        input: any shape, floating point; a dense layout is kept.
+        approximate: "none" | "tanh" (torch's), or "sigmoid" (Hendrycks & Gimpel's cheap form).
+
+    Returns:
+        Same shape and dtype as ``input``.
+
+    Raises:
+        RuntimeError: ``approximate`` is none of the three.
+        NotImplementedError: ``input`` is not floating point.
+
+    Source: Hendrycks & Gimpel, Gaussian Error Linear Units, 2016, https://arxiv.org/abs/1606.08415
+
+    Example:
+        >>> import torch, fastnorm
+        >>> fastnorm.functional.gelu(torch.tensor([0.0, 1.0]), approximate="tanh")
+        tensor([0.0000, 0.8412])
+    """
+    if approximate not in _GELU:
+        raise RuntimeError(f"approximate argument must be one of {', '.join(_GELU)}, got {approximate!r}")
+    return _activation(input, _GELU[approximate])
+
+
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """Sigmoid linear unit, also called Swish with beta = 1.
+
+    .. math:: y = x\\,\\sigma(x)
+
+    Args:
+        input: any shape, floating point; a dense layout is kept.
+        inplace: overwrite ``input`` (a copy of it is kept for backward).
+
+    Returns:
+        Same shape and dtype as ``input``.
+
+    Raises:
+        NotImplementedError: ``input`` is not floating point.
+
+    Source: Elfwing et al., Sigmoid-weighted linear units, 2017, https://arxiv.org/abs/1702.03118
+
+    Example:
+        >>> import torch, fastnorm
+        >>> fastnorm.functional.silu(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 0.7311])
+    """
+    if dispatch.native("activation", input):
+        return torch.nn.functional.silu(input, inplace)
+    return _activation(input, "silu", inplace)
+
+
+def selu(input: Tensor, inplace: bool = False) -> Tensor:
+    """Scaled exponential linear unit.
+
+    .. math:: y = \\lambda (\\max(0, x) + \\min(0, \\alpha (e^x - 1))), \\quad \\lambda = 1.0507, \\alpha = 1.6733
+
+    The gradient at 0 is that of the negative branch (1.7581), as torch's.
+
+    Args:
+        input: any shape, floating point; a dense layout is kept.
+        inplace: overwrite ``input`` (a copy of it is kept for backward).
+
+    Returns:
+        Same shape and dtype as ``input``.
+
+    Raises:
+        NotImplementedError: ``input`` is not floating point.
+
+    Source: Klambauer et al., Self-Normalizing Neural Networks, 2017, https://arxiv.org/abs/1706.02515
+
+    Example:
+        >>> import torch, fastnorm
+        >>> fastnorm.functional.selu(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 1.0507])
+    """
+    if dispatch.native("activation", input):
+        return torch.nn.functional.selu(input, inplace)
+    return _activation(input, "selu", inplace)
+
+
+def swish(input: Tensor, beta: Tensor | float = 1.0) -> Tensor:
+    """Swish: the sigmoid linear unit with a slope that can be learned.
+
+    .. math::
+        y = x\\,\\sigma(\\beta x), \\qquad
+        \\frac{\\partial y}{\\partial \\beta} = x^2\\,\\sigma(\\beta x)\\,(1 - \\sigma(\\beta x))
+
+    Args:
+        input: any shape, floating point; a dense layout is kept.
+        beta: a number, a tensor with one element, or one per channel, ``[C]`` with C = ``input.size(1)``.
+
+    Returns:
+        Same shape and dtype as ``input``. The gradient of ``beta`` is summed in fp32 in the pass that computes the
+        input's.
+
+    Raises:
+        ValueError: ``beta`` has neither one element nor one per channel.
+        NotImplementedError: ``input`` is not floating point.
+        RuntimeError: ``input`` and ``beta`` are on different devices.
+
+    Source: Ramachandran et al., Searching for Activation Functions, 2017, https://arxiv.org/abs/1710.05941
+
+    Example:
+        >>> import torch, fastnorm
+        >>> fastnorm.functional.swish(torch.tensor([[1.0, 1.0]]), torch.tensor([0.0, 1.0]))
+        tensor([[0.5000, 0.7311]])
+    """
+    _check_dtype(input, "swish")
+    if not isinstance(beta, Tensor):
+        beta = torch.full((1,), float(beta), dtype=torch.float32, device=input.device)
+    channels = input.size(1) if input.dim() > 1 else 1
+    if beta.numel() != 1 and tuple(beta.shape) != (channels,):
+        raise ValueError(
+            f"expected beta of one element or of shape [{channels}], one per channel of an input of shape "
+            f"{list(input.shape)}; got {list(beta.shape)}"
+        )
+    if beta.device != input.device:
+        raise RuntimeError(f"input is on {input.device}, beta on {beta.device}: expected both on the same device")
+    if dispatch.native("activation", input):
+        return reference.swish(input, beta)
+    result: Tensor = SwishFunction.apply(input, beta)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,41 @@
+"""What every launcher needs to know of the device: its size, and counters that are zero."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+# The interpreter runs programs one after the other, about 5 ms each: a device of two processors keeps grids small.
+INTERPRETER_PROCESSORS = 2
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(device: torch.device) -> int:
+    """The number of multiprocessors (SMs) of a device."""
+    if device.type != "cuda":
+        return INTERPRETER_PROCESSORS
+    return _processors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+_arenas: dict[tuple[int, int], Tensor] = {}
+
+
+def counters(x: Tensor, size: int) -> Tensor:
+    """``size`` int32 counters on x's device that are zero now and that the kernel must leave zero.
+
+    One arena per device and stream: launches on one stream follow each other, so they can share it. While a CUDA
+    graph is captured the counters are a zeroed tensor of that graph.
+    """
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.int32, device=x.device)
+    key = (x.device.index, torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else (-1, 0)
+    arena = _arenas.get(key)
+    if arena is None or arena.numel() < size:
+        arena = _arenas[key] = torch.zeros(max(size, 4096), dtype=torch.int32, device=x.device)
+    return arena
