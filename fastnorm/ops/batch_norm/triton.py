@@ -1,0 +1,157 @@
+"""Batch norm on Triton: how the kernels of triton_forward.py and triton_backward.py are launched."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastnorm.ops import launch
+from fastnorm.ops.activation.triton import ACTIVATIONS
+from fastnorm.ops.batch_norm.plan import Plan, plan
+from fastnorm.ops.batch_norm.triton_backward import backward_owner_kernel, backward_pass_kernel, backward_ticket_kernel
+from fastnorm.ops.batch_norm.triton_forward import forward_owner_kernel, forward_running_kernel, forward_ticket_kernel
+
+
+def split(value: float) -> tuple[float, float]:
+    """value as the sum of two fp32 numbers: Triton passes scalars as fp32, and fp64 kernels need more."""
+    (head,) = struct.unpack("f", struct.pack("f", value))
+    return head, value - head
+
+
+def sizes(p: Plan) -> tuple[int, ...]:
+    return p.N, p.C, p.S, p.x_stride_n, p.x_stride_c, p.x_stride_s
+
+
+def wide_type(x: Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def workspace(x: Tensor, p: Plan) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty(p.groups * 2 * p.constants["BLOCK_C"] * p.tiles, dtype=dtype, device=x.device)
+
+
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
+    batch_stats: bool, momentum: float | None, eps: float, activation: str,
+    y: Tensor, mean: Tensor | None, rstd: Tensor | None, center_only: bool,
+) -> None:  # fmt: skip
+    p = plan(x, y, operands=1 if residual is None else 2)
+    constants: dict[str, Any] = dict(
+        p.constants,
+        VALUE=ACTIVATIONS[activation][0],
+        HAS_RESIDUAL=residual is not None,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        CENTER_ONLY=center_only,
+        WIDE=wide_type(x),
+        **OPTIONS,
+    )
+    if not batch_stats:
+        forward_running_kernel[(p.groups * p.tiles,)](
+            y, mean, rstd, x, residual, weight, bias, running_mean, running_var, *split(eps), *sizes(p), p.tiles, **constants
+        )  # fmt: skip
+        return
+    track = num_batches_tracked is not None
+    kernel = forward_owner_kernel if p.owner else forward_ticket_kernel
+    kernel[(p.groups if p.owner else 2 * p.groups * p.tiles,)](
+        y, mean, rstd, running_mean, running_var, num_batches_tracked, x, residual, weight, bias,
+        None if p.owner else workspace(x, p),
+        launch.counters(x, p.groups + 2) if track or not p.owner else None,
+        *split(momentum or 0.0), *split(eps), *sizes(p), p.groups, p.tiles, p.lag,
+        UPDATE_MEAN=running_mean is not None, UPDATE_VAR=running_var is not None, TRACK=track, CUMULATIVE=momentum is None and track,
+        **constants,
+    )  # fmt: skip
+
+
+def batch_norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
+    batch_stats: bool, momentum: float | None, eps: float, activation: str,
+    y: Tensor, mean: Tensor, rstd: Tensor,
+) -> None:  # fmt: skip
+    _forward(
+        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, batch_stats, momentum, eps, activation,
+        y, mean, rstd, center_only=False,
+    )  # fmt: skip
+
+
+def mean_only_batch_norm_forward(
+    x: Tensor, bias: Tensor | None, running_mean: Tensor | None, num_batches_tracked: Tensor | None,
+    batch_stats: bool, momentum: float | None, y: Tensor,
+) -> None:  # fmt: skip
+    _forward(
+        x, None, None, bias, running_mean, None, num_batches_tracked, batch_stats, momentum, 0.0, "identity",
+        y, None, None, center_only=True,
+    )  # fmt: skip
+
+
+def _backward(
+    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor | None, rstd: Tensor | None, batch_stats: bool, activation: str,
+    dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None, center_only: bool,
+) -> None:  # fmt: skip
+    plain = activation == "identity"
+    residual = None if plain else residual
+    p = plan(x, dy, operands=1 if center_only else 2 if residual is None else 3)
+    writes = dx is not None or dresidual is not None
+    reduces = dweight is not None or dbias is not None
+    constants: dict[str, Any] = dict(
+        p.constants,
+        SLOPE=ACTIVATIONS[activation][1],
+        PLAIN=plain,
+        HAS_RESIDUAL=residual is not None,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        CENTER_ONLY=center_only,
+        NEED_DX=dx is not None,
+        NEED_DRESIDUAL=dresidual is not None,
+        NEED_DWEIGHT=dweight is not None,
+        NEED_DBIAS=dbias is not None,
+        WIDE=wide_type(x),
+        **OPTIONS,
+    )
+    tensors = (dx, dweight, dbias, dresidual, dy, x, residual, weight, bias, mean, rstd)
+    if batch_stats and dx is not None:
+        kernel = backward_owner_kernel if p.owner else backward_ticket_kernel
+        kernel[(p.groups if p.owner else 2 * p.groups * p.tiles,)](
+            *tensors,
+            None if p.owner else workspace(x, p),
+            None if p.owner else launch.counters(x, p.groups + 2),
+            *sizes(p), p.groups, p.tiles, p.lag,
+            **constants,
+        )  # fmt: skip
+    elif writes or reduces:
+        backward_pass_kernel[(p.groups * p.tiles,)](
+            *tensors,
+            workspace(x, p) if reduces else None,
+            launch.counters(x, p.groups + 2) if reduces else None,
+            *sizes(p), p.tiles,
+            REDUCE=reduces,
+            **constants,
+        )  # fmt: skip
+
+
+def batch_norm_backward(
+    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, batch_stats: bool, activation: str, needs: list[bool],
+    dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None,
+) -> None:  # fmt: skip
+    _backward(
+        x, dy, residual, weight, bias, mean, rstd, batch_stats, activation, dx, dweight, dbias, dresidual,
+        center_only=False,
+    )  # fmt: skip
+
+
+def mean_only_batch_norm_backward(
+    dy: Tensor, bias: Tensor | None, batch_stats: bool, needs: list[bool], dx: Tensor | None, dbias: Tensor | None
+) -> None:
+    _backward(dy, dy, None, None, None, None, None, batch_stats, "identity", dx, None, dbias, None, center_only=True)
