@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,3 +59,38 @@ def to_planes(x: Tensor) -> Tensor:
     if view is not None and (view.stride(2) == 1 or view.stride(1) == 1 or view.size(2) == 1):
         return x
     return planes_like(x).copy_(x)
+
+
+def _joined(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """The stride of adjacent dimensions read as one; None where they have none in common."""
+    size, stride = 1, 1
+    for n, step in zip(reversed(sizes), reversed(strides), strict=True):
+        if n == 1:
+            continue
+        if size == 1:
+            stride = step
+        elif step != stride * size:
+            return None
+        size *= n
+    return stride
+
+
+def rows(dims: int, *tensors: Tensor) -> list[Tensor] | None:
+    """Tensors of one shape as views [B, S, N], N the last ``dims`` dimensions; None where no strides can express it.
+
+    B is 1 unless the rows have no stride in common: the NHWC view of an NCHW image has B = N, S = H*W.
+    """
+    shape = tuple(tensors[0].shape)
+    last = len(shape) - dims
+    for split in range(last + 1):
+        parts = (slice(0, split), slice(split, last), slice(last, None))
+        sizes = [math.prod(shape[part]) for part in parts]
+        views = []
+        for x in tensors:
+            strides = [_joined(shape[part], x.stride()[part]) for part in parts]
+            if None in strides:
+                break
+            views.append(x.as_strided(sizes, strides))  # type: ignore[arg-type]
+        if len(views) == len(tensors):
+            return views
+    return None

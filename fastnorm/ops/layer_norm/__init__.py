@@ -1,0 +1,230 @@
+"""Layer norm, with an optional residual added before it and an optional activation after it, in one kernel each way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnorm import dispatch
+from fastnorm.ops.activation import check_name
+from fastnorm.ops.layer_norm import reference
+from fastnorm.ops.registry import differentiable_backward, register
+
+# the outputs, and what an op of this family looks like to torch
+
+
+def _row_major(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _forward_outputs(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dims: int,
+    eps: float,
+    activation: str,
+    dtype: torch.dtype,
+    want_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    rows = math.prod(x.shape[: x.dim() - dims])
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean = torch.empty(rows, dtype=wide, device=x.device)
+    total = _row_major(x, x.dtype) if want_sum else None
+    return _row_major(x, dtype), mean, torch.empty_like(mean), total
+
+
+def _backward_outputs(
+    x: Tensor,
+    dy: Tensor,
+    dsum: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dims: int,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dx = _row_major(x, x.dtype) if needs[0] else None
+    dweight = _row_major(weight, weight.dtype) if needs[1] and weight is not None else None
+    dbias = _row_major(bias, bias.dtype) if needs[2] and bias is not None else None
+    return dx, dweight, dbias
+
+
+_forward = register(
+    "layer_norm",
+    "layer_norm_forward",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int dims, float eps, str activation, "
+    "ScalarType dtype, bool want_sum) -> (Tensor, Tensor, Tensor, Tensor?)",
+    _forward_outputs,
+)
+_backward = register(
+    "layer_norm",
+    "layer_norm_backward",
+    "(Tensor x, Tensor dy, Tensor? dsum, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, int dims, "
+    "str activation, bool[3] needs) -> (Tensor?, Tensor?, Tensor?)",
+    _backward_outputs,
+)
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """(y, sum) = (activation(layer_norm(sum)), x + residual); saves the sum (x alone without a residual), never y.
+
+    The sum is an output whenever a residual is given and a gradient is needed, wanted by the caller or not: what
+    backward saves is then part of the graph, and double backward finds its way through it to x and the residual.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        dims: int,
+        eps: float,
+        activation: str,
+        dtype: torch.dtype,
+        return_sum: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        want_sum = residual is not None and (return_sum or any(ctx.needs_input_grad))
+        y, mean, rstd, total = _forward(x, residual, weight, bias, dims, eps, activation, dtype, want_sum)
+        ctx.set_materialize_grads(False)
+        ctx.dims, ctx.eps, ctx.activation = dims, eps, activation
+        ctx.save_for_backward(x if residual is None else total, weight, bias, mean, rstd)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        rest = (None, None, None, None, None)
+        needs = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], *ctx.needs_input_grad[2:4]]
+        if dy is None:  # only the sum was used
+            dx, dweight, dbias = dsum, None, None
+        elif torch.is_grad_enabled():
+            shape = list(x.shape[x.dim() - ctx.dims :])
+
+            def composite(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+                y = reference.composite(x, weight, bias, shape, ctx.eps, ctx.activation).to(dy.dtype)
+                return (y,) if dsum is None else (y, x * 1)
+
+            gradients = (dy,) if dsum is None else (dy, dsum)
+            dx, dweight, dbias = differentiable_backward(composite, (x, weight, bias), gradients)
+        else:
+            dx, dweight, dbias = _backward(
+                x, dy, dsum, weight, bias, mean, rstd, ctx.dims, ctx.activation, needs
+            )
+        return (
+            dx if ctx.needs_input_grad[0] else None,
+            dx if ctx.needs_input_grad[1] else None,
+            dweight,
+            dbias,
+            *rest,
+        )
+
+
+def _check(input: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    """Raise torch's own error for what torch rejects too, and say which device is the odd one out."""
+    last = input.dim() - len(shape)
+    well_formed = shape and last >= 0 and list(input.shape[last:]) == shape and input.is_floating_point()
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        well_formed = well_formed and list(parameter.shape) == shape
+        if parameter.device != input.device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but input is on {input.device} and {name} is on "
+                f"{parameter.device}"
+            )
+    if not well_formed:
+        F.layer_norm(input, shape, weight, bias, eps)
+        raise NotImplementedError(f'"layer_norm" not implemented for {input.dtype}: give a floating-point tensor')
+
+
+def output_dtype(input: Tensor, autocast: str | None) -> torch.dtype:
+    """fp32 for half input under CUDA autocast, as torch's layer norm, unless autocast is "input"; else input's dtype."""
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    if half and autocast is None and input.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.float32
+    return input.dtype
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    return_sum: bool = False,
+    autocast: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalise every row (the last dimensions), optionally of a sum with a residual, optionally followed by an activation.
+
+    .. math::
+        s = x + r, \\qquad
+        y = f\\left(\\frac{s - \\operatorname{E}[s]}{\\sqrt{\\operatorname{Var}[s] + \\epsilon}}\\,w + b\\right)
+
+    Statistics are taken in fp32 (fp64 for fp64) of the sum as it is returned and saved, rounded to the input's dtype:
+    y is then the norm of the tensor that the residual stream carries on, and backward, which has that tensor alone,
+    differentiates the function that forward computed. It is also what the two layers compute one after the other.
+
+    Args:
+        input: ``[*, *normalized_shape]``, floating point, any strides.
+        normalized_shape: the sizes of the last dimensions, at least one.
+        weight, bias: ``[*normalized_shape]`` or None, of any floating dtype.
+        eps: added to the (biased) variance, in units of the input squared.
+        activation: the name of one, see :func:`fastnorm.functional.activation`; None is none.
+        residual: added to the input first. Shape and dtype of the input in the fused kernel; anything else that
+            torch can add is added before it.
+        return_sum: return ``(y, input + residual)``: the pre-norm residual stream and its gradient stay in the same
+            kernels. Without a residual the second is ``input`` itself.
+        autocast: None gives fp32 for half input under CUDA autocast, as torch; "input" keeps the input's dtype.
+
+    Returns:
+        The input's shape, row-major, in the input's dtype; with the sum where ``return_sum``.
+
+    Raises:
+        RuntimeError: ``normalized_shape`` is empty or does not match the input, ``weight`` or ``bias`` (torch's text);
+            parameters on another device; a residual that torch could not add.
+        NotImplementedError: ``input`` is not floating point.
+        ValueError: unknown ``activation`` or ``autocast``.
+
+    Source: Ba, Kiros & Hinton, Layer normalization, 2016, https://arxiv.org/abs/1607.06450
+
+    Example:
+        >>> import torch, fastnorm
+        >>> fastnorm.functional.layer_norm(torch.tensor([[1.0, 3.0], [5.0, 5.0]]), (2,))
+        tensor([[-1.0000,  1.0000],
+                [ 0.0000,  0.0000]])
+    """
+    name = check_name(activation)
+    if autocast not in (None, "input"):
+        raise ValueError(f"unknown autocast {autocast!r}: choose None (fp32 as torch) or 'input' (the input's dtype)")
+    shape = list(normalized_shape)
+    if residual is not None and not _fusible(input, residual):
+        input, residual = input + residual, None
+    if dispatch.native("layer_norm", input):
+        total = input if residual is None else input + residual
+        y = reference.composite(total, weight, bias, shape, eps, name)
+        if autocast is not None:
+            y = y.to(total.dtype)
+        return (y, total) if return_sum else y
+    _check(input, shape, weight, bias, eps)
+    dtype = output_dtype(input, autocast)
+    arguments = (input, residual, weight, bias, len(shape), float(eps), name, dtype, return_sum)
+    y, sum = LayerNormFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+    return (y, input if residual is None else sum) if return_sum else y
+
+
+def _fusible(input: Tensor, residual: Tensor) -> bool:
+    return residual.shape == input.shape and residual.dtype == input.dtype and residual.device == input.device
