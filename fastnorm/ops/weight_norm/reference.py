@@ -1,0 +1,69 @@
+"""Weight norm on ATen's own kernel: the oracle everywhere, the implementation where there is no GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type of computation: fp32, fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _norm(v: Tensor, dim: int | None) -> Tensor:
+    others = [i for i in range(v.dim()) if i != dim]
+    if not others:  # to vector_norm an empty list means every dim
+        return v.abs()
+    return torch.linalg.vector_norm(v, dim=others, keepdim=dim is not None)
+
+
+def composite(v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> Tensor:
+    """w as differentiable torch functions, any number of times (torch's own double backward forgets d||v||/dv)."""
+    dtype = torch.result_type(v, g)
+    v, g = v.to(wide(dtype)), g.to(wide(dtype))
+    norm = _norm(v, dim)
+    if eps is not None:
+        # the norm of a clamped row is taken of ones: the derivatives of ||v|| at 0 are NaN from the second on
+        short = norm.detach() < eps
+        norm = torch.where(short, eps, _norm(torch.where(short, 1.0, v), dim))
+    return (v * (g / norm)).to(dtype).contiguous()
+
+
+def _rows(x: Tensor, dim: int | None) -> Tensor:
+    """x with everything that one norm is taken over in one row: [K, rest]."""
+    return x.reshape(1, -1) if dim is None else x.movedim(dim, 0).reshape(x.size(dim), -1)
+
+
+def _unrows(rows: Tensor, like: Tensor, dim: int | None) -> Tensor:
+    if dim is None:
+        return rows.view(like.shape)
+    moved = like.movedim(dim, 0).shape
+    return rows.view(moved).movedim(0, dim).contiguous()
+
+
+def weight_norm_forward(v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    dtype = torch.result_type(v, g)
+    rows, scale = _rows(v.to(wide(dtype)), dim).contiguous(), g.to(wide(dtype)).reshape(-1, 1)
+    w, norm = aten._weight_norm_interface(rows, scale, 0)
+    if eps is not None:
+        w = torch.where(norm < eps, scale / eps * rows, w)
+    return _unrows(w, v, dim).to(dtype), norm.reshape(g.shape)
+
+
+def weight_norm_backward(
+    v: Tensor, g: Tensor, norm: Tensor, dw: Tensor, dim: int | None, eps: float | None, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    dtype = norm.dtype
+    rows, drows = _rows(v.to(dtype), dim).contiguous(), _rows(dw.to(dtype), dim).contiguous()
+    scale, length = g.to(dtype).reshape(-1, 1), norm.reshape(-1, 1)
+    dv, dg = aten._weight_norm_interface_backward(drows, rows, scale, length, 0)
+    if eps is not None:
+        dv = torch.where(length < eps, scale / eps * drows, dv)
+        dg = torch.where(length < eps, (drows * rows).sum(1, keepdim=True) / eps, dg)
+    return (
+        _unrows(dv, v, dim).to(v.dtype) if needs[0] else None,
+        dg.reshape(g.shape).to(g.dtype) if needs[1] else None,
+    )
