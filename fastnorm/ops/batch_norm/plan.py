@@ -78,6 +78,10 @@ def _plan(
         block_c = _power_of_two(LINE_BYTES // itemsize)
     else:
         block_c = _power_of_two(max(1, GROUP_BYTES // (S * itemsize)))
+    if x_last != y_last:  # transposed through shared memory, which takes registers: a full tile spills
+        tile_bytes //= 2
+    if not (x_last or y_last):  # short vectors need an offset each: a full tile of them spills
+        tile_bytes = max(tile_bytes * vec // lanes, tile_bytes // 4)
     elements = max(_power_of_two(tile_bytes // itemsize + 1) // 2, 2 * vec)
     block_c = min(block_c, _power_of_two(C), 64, elements // vec)
     block_v = max(elements // block_c // vec, 1)

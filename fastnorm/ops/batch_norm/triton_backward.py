@@ -158,6 +158,9 @@ def backward_owner_kernel(
         )  # fmt: skip
         sum_dz += total(dz)
         sum_dz_x_hat += total(dz * x_hat)
+    # one use each of what the loop yields: Triton 3.6 fails on a reduction in a loop whose result has two
+    sum_dz += 0.0
+    sum_dz_x_hat += 0.0
     store_parameter_gradients(
         dweight_ptr, dbias_ptr, sum_dz, sum_dz_x_hat, group, channels, NEED_DWEIGHT, NEED_DBIAS, BLOCK_C
     )

@@ -78,11 +78,12 @@ def forward_ticket_kernel(
     reduces, index = ticket_tile(ticket, groups, tiles, lag)
     group = index // tiles
     tile = index - group * tiles
-    x_offset, y_offset, mask = tile_offsets(
-        group, tile, N, C, S, x_stride_n, x_stride_c, x_stride_s,
-        BLOCK_C, BLOCK_V, VEC, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, LONG,
-    )  # fmt: skip
+    # the offsets of a tile are made where they are used: kept over the wait and the merge they would spill
     if reduces:
+        x_offset, _, mask = tile_offsets(
+            group, tile, N, C, S, x_stride_n, x_stride_c, x_stride_s,
+            BLOCK_C, BLOCK_V, VEC, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, LONG,
+        )  # fmt: skip
         x = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(WIDE)
         mean, m2 = tile_statistics(x, mask, tile_size(tile, N, S, VEC, BLOCK, WIDE))
         store_partials(partials_ptr, group, tile, tiles, mean, m2, BLOCK_C)
@@ -100,6 +101,10 @@ def forward_ticket_kernel(
                 CENTER_ONLY, UPDATE_MEAN, UPDATE_VAR, TRACK, CUMULATIVE, BLOCK_C, WIDE,
             )  # fmt: skip
         scale, bias = affine(weight_ptr, bias_ptr, rstd, group, channels, HAS_WEIGHT, HAS_BIAS, BLOCK_C, WIDE)
+        x_offset, y_offset, mask = tile_offsets(
+            group, tile, N, C, S, x_stride_n, x_stride_c, x_stride_s,
+            BLOCK_C, BLOCK_V, VEC, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, LONG,
+        )  # fmt: skip
         normalize_tile(
             y_ptr, x_ptr, residual_ptr, mean, scale, bias, x_offset, y_offset, mask, VALUE, HAS_RESIDUAL, WIDE
         )

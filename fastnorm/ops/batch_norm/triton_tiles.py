@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MERGE = tl.constexpr(64)  # partials merged at a time
+MERGE = tl.constexpr(256)  # partials merged at a time, over all channels of a group
 
 # sizes that must not become part of a compile key
 RUNTIME = [
@@ -130,7 +130,7 @@ def store_partials(ptr, group, tile, tiles, first, second, BLOCK_C: tl.constexpr
 
 @triton.jit
 def load_partials(ptr, group, start, tiles, WHICH: tl.constexpr, BLOCK_C: tl.constexpr):
-    t = start + tl.arange(0, MERGE)
+    t = start + tl.arange(0, MERGE // BLOCK_C)
     c = (tl.cast(group, tl.int64) * 2 + WHICH) * BLOCK_C + tl.arange(0, BLOCK_C)
     # past L1, which another multiprocessor's stores do not reach
     return tl.load(
@@ -163,29 +163,30 @@ def merge_statistics(
         ptr + (tl.cast(group, tl.int64) * 2 * BLOCK_C + tl.arange(0, BLOCK_C)) * tiles, cache_modifier=".cg"
     )
     pivot = tl.where(first - first == 0, first, 0.0)  # an infinite mean must stay infinite, not become NaN
-    shift = tl.zeros([BLOCK_C], WIDE)
-    for start in range(0, tiles, MERGE):
+    shift = tl.zeros([BLOCK_C, MERGE // BLOCK_C], WIDE)
+    for start in range(0, tiles, MERGE // BLOCK_C):
         means = load_partials(ptr, group, start, tiles, 0, BLOCK_C)
-        size = tile_size(start + tl.arange(0, MERGE), N, S, VEC, BLOCK, WIDE)[None, :]
-        shift += tl.sum(tl.where(size > 0, size * (means - pivot[:, None]), 0.0), axis=1)
-    mean = pivot + shift / count
-    m2 = tl.zeros([BLOCK_C], WIDE)
-    for start in range(0, tiles, MERGE):
+        size = tile_size(start + tl.arange(0, MERGE // BLOCK_C), N, S, VEC, BLOCK, WIDE)[None, :]
+        shift += tl.where(size > 0, size * (means - pivot[:, None]), 0.0)
+    mean = pivot + tl.sum(shift, axis=1) / count
+    m2 = tl.zeros([BLOCK_C, MERGE // BLOCK_C], WIDE)
+    for start in range(0, tiles, MERGE // BLOCK_C):
         deviation = load_partials(ptr, group, start, tiles, 0, BLOCK_C) - mean[:, None]
-        size = tile_size(start + tl.arange(0, MERGE), N, S, VEC, BLOCK, WIDE)[None, :]
+        size = tile_size(start + tl.arange(0, MERGE // BLOCK_C), N, S, VEC, BLOCK, WIDE)[None, :]
         within = load_partials(ptr, group, start, tiles, 1, BLOCK_C)
-        m2 += tl.sum(tl.where(size > 0, within + size * deviation * deviation, 0.0), axis=1)
-    return mean, m2 / count
+        m2 += tl.where(size > 0, within + size * deviation * deviation, 0.0)
+    return mean, tl.sum(m2, axis=1) / count
 
 
 @triton.jit
 def merge_sums(ptr, group, tiles, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
-    first = tl.zeros([BLOCK_C], WIDE)
-    second = tl.zeros([BLOCK_C], WIDE)
-    for start in range(0, tiles, MERGE):
-        first += tl.sum(load_partials(ptr, group, start, tiles, 0, BLOCK_C), axis=1)
-        second += tl.sum(load_partials(ptr, group, start, tiles, 1, BLOCK_C), axis=1)
-    return first, second
+    """Both sums of a group from its tiles', in fixed order."""
+    first = tl.zeros([BLOCK_C, MERGE // BLOCK_C], WIDE)
+    second = tl.zeros([BLOCK_C, MERGE // BLOCK_C], WIDE)
+    for start in range(0, tiles, MERGE // BLOCK_C):
+        first += load_partials(ptr, group, start, tiles, 0, BLOCK_C)
+        second += load_partials(ptr, group, start, tiles, 1, BLOCK_C)
+    return tl.sum(first, axis=1), tl.sum(second, axis=1)
 
 
 @triton.jit
