@@ -1,0 +1,244 @@
+"""Model surgery: activations and residual additions into the norms before them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from torch import nn
+
+from fastnorm.modules import batch_norm, layer_norm
+from fastnorm.surgery.edits import (
+    ORIGIN,
+    Edits,
+    Filter,
+    Folded,
+    apply,
+    check_model,
+    swap,
+    title,
+    untouchable,
+)
+from fastnorm.surgery.folding import activation_of, hooked, match, rewrite
+from fastnorm.surgery.forward import FusedForward, code_of
+from fastnorm.surgery.report import Report, Row
+from fastnorm.surgery.tracing import Trace, trace
+
+_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: batch_norm.BatchNormAct1d,
+    nn.BatchNorm2d: batch_norm.BatchNormAct2d,
+    nn.BatchNorm3d: batch_norm.BatchNormAct3d,
+    batch_norm.BatchNorm1d: batch_norm.BatchNormAct1d,
+    batch_norm.BatchNorm2d: batch_norm.BatchNormAct2d,
+    batch_norm.BatchNorm3d: batch_norm.BatchNormAct3d,
+    nn.LayerNorm: layer_norm.LayerNorm,
+    layer_norm.LayerNorm: layer_norm.LayerNorm,
+}
+
+
+def _plain_sequential(module: nn.Module) -> bool:
+    return type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
+
+
+def _container(module: nn.Module) -> bool:
+    """Whether a module is only called through its parent: a ModuleList, a ModuleDict."""
+    return type(module).forward is nn.Module.forward and "forward" not in module.__dict__
+
+
+def _put(parent: nn.Module, key: str, child: nn.Module) -> None:
+    parent._modules[key] = child
+
+
+class _Plan:
+    """Everything that fuse_ would change in a model and everything it leaves, found without touching the model."""
+
+    def __init__(self, model: nn.Module, wanted: Filter | None) -> None:
+        self.rows: list[Row] = []
+        self.edits: Edits = []
+        self.parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        self.names = {module: name for name, module in model.named_modules()}
+        self.traces: dict[nn.Module, Trace] = {}
+        for parent in self.names:
+            for key, child in parent._modules.items():
+                if child is not None:
+                    self.parents.setdefault(child, []).append((parent, key))
+        owned: dict[nn.Module, list[nn.Module]] = {}
+        for norm, name in self.names.items():
+            if type(norm) not in _NORMS or getattr(norm, "activation", None) is not None:
+                continue
+            reason = self._refusal(norm) or (
+                "" if wanted is None or wanted(norm, name) else "left out by filter_fn"
+            )
+            if reason:
+                self._skip(norm, reason)
+                continue
+            parent, key = self.parents[norm][0]
+            if _plain_sequential(parent):
+                self._plan_neighbours(norm, parent, key)
+                continue
+            owner = self._owner(parent, _container)
+            if owner is None:
+                self._skip(norm, "no forward that calls it can be found")
+            else:
+                owned.setdefault(owner, []).append(norm)
+        for owner, norms in owned.items():
+            self._plan_forward(owner, norms)
+        order = {name: position for position, name in enumerate(self.names.values())}
+        self.rows.sort(key=lambda row: order[row.name])
+
+    def _skip(self, norm: nn.Module, reason: str) -> None:
+        self.rows.append(Row(self.names[norm], title(type(norm)), title(type(norm)), reason))
+
+    def _refusal(self, norm: nn.Module) -> str:
+        if untouchable(norm):
+            return untouchable(norm)
+        if hooked(norm):
+            return "hooks on the norm"
+        places = len(self.parents.get(norm, ()))
+        if places == 0:
+            return "it is the model itself: nothing follows it"
+        return "" if places == 1 else f"shared by {places} places of the model"
+
+    def _owner(self, module: nn.Module, passes: Callable[[nn.Module], bool]) -> nn.Module | None:
+        """The module whose forward calls the children of a module; None if there is no single one."""
+        while passes(module):
+            above = self.parents.get(module, ())
+            if len(above) != 1:
+                return None
+            module = above[0][0]
+        return module
+
+    def _trace(self, owner: nn.Module) -> Trace:
+        if owner not in self.traces:
+            self.traces[owner] = trace(owner)
+        return self.traces[owner]
+
+    def _fold(self, norm: nn.Module, name: str, residual: bool) -> None:
+        cls = _NORMS[type(norm)]
+        attributes = (
+            {} if name == "identity" and cls is layer_norm.LayerNorm else {"activation": name}
+        )
+        folded = ", ".join((*attributes.values(), *(["residual"] if residual else [])))
+        self.rows.append(Row(self.names[norm], title(type(norm)), f"{title(cls)}({folded})"))
+        self.edits.append((norm, functools.partial(swap, norm, cls, **attributes)))
+
+    def _plan_neighbours(self, norm: nn.Module, parent: nn.Module, key: str) -> None:
+        """A norm in a Sequential and the entry after it."""
+        keys = list(parent._modules)
+        position = keys.index(key) + 1
+        following = parent._modules[keys[position]] if position < len(keys) else None
+        if following is None:
+            return self._skip(norm, "nothing follows it in its Sequential")
+        name, reason = activation_of(following)
+        if reason:
+            return self._skip(norm, reason)
+        if self._tapped(norm, following, parent):
+            return self._skip(norm, "its output is used outside its Sequential")
+        identity = nn.Identity().train(following.training)
+        identity.__dict__[ORIGIN] = Folded(following)
+        self._fold(norm, name, residual=False)
+        path = f"{self.names[parent]}.{keys[position]}".lstrip(".")
+        self.rows.append(Row(path, title(type(following)), "Identity"))
+        self.edits.append((parent, functools.partial(_put, parent, keys[position], identity)))
+
+    def _tapped(self, norm: nn.Module, following: nn.Module, parent: nn.Module) -> bool:
+        """Whether a forward above a Sequential calls its norm by itself and does not hand on to the activation."""
+        owner = self._owner(parent, lambda module: _container(module) or _plain_sequential(module))
+        graph = None if owner is None else self._trace(owner).graph
+        for node in [] if graph is None or owner is None else graph.nodes:
+            if node.op == "call_module" and owner.get_submodule(node.target) is norm:
+                users = [user for user in node.users if user.op == "call_module"]
+                if (
+                    len(node.users) != 1
+                    or not users
+                    or owner.get_submodule(users[0].target) is not following
+                ):
+                    return True
+        return False
+
+    def _plan_forward(self, owner: nn.Module, norms: list[nn.Module]) -> None:
+        """The norms that one forward calls: a new forward if anything can be folded."""
+        kind = type(owner).__name__
+        if "forward" in owner.__dict__:
+            ours = isinstance(owner.__dict__["forward"], FusedForward)
+            reason = (
+                "is fused already: restore_ first to fuse more"
+                if ours
+                else "is bound to the instance"
+            )
+            for norm in norms:
+                self._skip(norm, f"the forward of its parent ({kind}) {reason}")
+            return
+        graph, refusal, guards = self._trace(owner)
+        if graph is None or refusal:
+            for norm in norms:
+                self._skip(norm, f"{kind}: {refusal}")
+            return
+        folded = False
+        for norm in norms:
+            calls = [
+                n
+                for n in graph.nodes
+                if n.op == "call_module" and owner.get_submodule(n.target) is norm
+            ]
+            fold = (
+                match(calls[0], owner)
+                if len(calls) == 1
+                else f"called {len(calls)} times by its parent ({kind})"
+            )
+            if isinstance(fold, str):
+                self._skip(norm, fold)
+                continue
+            rewrite(fold, owner)
+            self._fold(norm, fold.activation, fold.residual is not None)
+            folded = True
+        if folded:
+            forward = FusedForward(owner, *code_of(graph), guards)
+            self.rows.append(Row(self.names[owner], f"{kind}.forward", "fused forward"))
+            self.edits.append(
+                (owner, functools.partial(owner.__dict__.__setitem__, "forward", forward))
+            )
+
+
+def fuse_(model: nn.Module, filter_fn: Filter | None = None, dry_run: bool = False) -> Report:
+    """Fold activations, and residual additions where the forward shows them, into the norms before them, in place.
+
+    .. math:: y = f(\\operatorname{bn}(x) + r) \\qquad y = f(\\operatorname{layer\\_norm}(x + r))
+
+    Norms become BatchNormAct1d, -2d, -3d or LayerNorm with an activation: the same objects, parameters and
+    state_dict. In a Sequential the folded activation becomes an Identity. Elsewhere torch.fx traces the forward of
+    each parent, and where it changes, a new one is bound to that instance: parents keep class, keys and hooks.
+    A forward is left alone, and the report says why, when a trace would freeze or lose part of it: it reads
+    ``training``, tests the type of an argument, has a ``with`` statement, depends on data. Plain attributes that were
+    read while tracing must keep their values, otherwise the next call is a RuntimeError.
+
+    Call it before DDP, FSDP or torch.compile wrap the model; :func:`restore_` undoes it, and has to before
+    quantisation, torch.fx, ONNX or TorchScript, which read the class's own forward, and before
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and ``fuse_conv_bn_eval``, which drop the activation.
+
+    Args:
+        model: any module with layers of torch's or of ours in it.
+        filter_fn: called as ``filter_fn(norm, name)``; only norms it returns true for are fused.
+        dry_run: report what would be fused, change nothing.
+
+    Returns:
+        A report with a row per norm, per activation that became an Identity and per forward that changed.
+
+    Raises:
+        TypeError: ``model`` is not a module, or is a TorchScript module.
+
+    Example:
+        >>> import torch, fastnorm
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> print(fastnorm.fuse_(model))
+        name  was          is                             why skipped
+        ----  -----------  -----------------------------  -----------
+        0     BatchNorm2d  fastnorm.BatchNormAct2d(relu)
+        1     ReLU         Identity
+        2 changed, 0 skipped
+    """
+    check_model(model, "fuse_")
+    plan = _Plan(model, filter_fn)
+    if not dry_run:
+        apply(plan.edits)
+    return Report(plan.rows, dry_run)

@@ -1,0 +1,291 @@
+"""What can be folded into a norm: the activations by all their names, and the sums that a traced forward shows."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from fastnorm.modules import activation
+from fastnorm.replace import title
+
+# which activation is this?
+
+_GELU = {"none": "gelu", "tanh": "gelu_tanh", "sigmoid": "gelu_sigmoid"}
+_MODULES: dict[type[nn.Module], Callable[[Any], str | None]] = {
+    nn.ReLU: lambda module: "relu",
+    nn.ReLU6: lambda module: "relu6",
+    nn.LeakyReLU: lambda module: "leaky_relu" if module.negative_slope == 0.01 else None,
+    nn.ELU: lambda module: "elu" if module.alpha == 1.0 else None,
+    nn.SELU: lambda module: "selu",
+    nn.GELU: lambda module: _GELU.get(module.approximate),
+    nn.SiLU: lambda module: "silu",
+    nn.Hardswish: lambda module: "hardswish",
+    nn.Mish: lambda module: "mish",
+    nn.Tanh: lambda module: "tanh",
+    nn.Sigmoid: lambda module: "sigmoid",
+    activation.SELU: lambda module: "selu",
+    activation.GELU: lambda module: _GELU.get(module.approximate),
+    activation.SiLU: lambda module: "silu",
+}
+
+_INPLACE = ("inplace", False)
+# function -> name and the arguments after the input, each with the value that the fused form has
+# (inplace may be anything: the norm's output that it overwrites is nobody else's)
+_FUNCTIONS: dict[Any, tuple[str, tuple[tuple[str, Any], ...]]] = {
+    F.relu: ("relu", (_INPLACE,)),
+    torch.relu: ("relu", ()),
+    torch.relu_: ("relu", ()),
+    F.relu6: ("relu6", (_INPLACE,)),
+    F.leaky_relu: ("leaky_relu", (("negative_slope", 0.01), _INPLACE)),
+    F.leaky_relu_: ("leaky_relu", (("negative_slope", 0.01),)),
+    F.elu: ("elu", (("alpha", 1.0), _INPLACE)),
+    F.elu_: ("elu", (("alpha", 1.0),)),
+    F.selu: ("selu", (_INPLACE,)),
+    F.selu_: ("selu", ()),
+    torch.selu: ("selu", ()),
+    F.silu: ("silu", (_INPLACE,)),
+    F.hardswish: ("hardswish", (_INPLACE,)),
+    F.mish: ("mish", (_INPLACE,)),
+    F.tanh: ("tanh", ()),
+    torch.tanh: ("tanh", ()),
+    torch.tanh_: ("tanh", ()),
+    F.sigmoid: ("sigmoid", ()),
+    torch.sigmoid: ("sigmoid", ()),
+    torch.sigmoid_: ("sigmoid", ()),
+}
+_METHODS = {
+    "relu": "relu",
+    "relu_": "relu",
+    "tanh": "tanh",
+    "tanh_": "tanh",
+    "sigmoid": "sigmoid",
+    "sigmoid_": "sigmoid",
+}
+
+
+def hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def activation_of(module: nn.Module) -> tuple[str, str]:
+    """(name, "") of the activation a module is, ("", why it cannot be folded) if it is none."""
+    find = _MODULES.get(type(module))
+    if find is None:
+        return "", f"followed by {title(type(module))}"
+    name = find(module)
+    if name is None:
+        return "", f"no fused activation has the parameters of {module}"
+    if hooked(module):
+        return "", f"hooks on the activation ({title(type(module))})"
+    if "forward" in module.__dict__:
+        return "", f"a forward is bound to the activation ({title(type(module))})"
+    return name, ""
+
+
+def _of_call(node: fx.Node) -> tuple[str, str]:
+    """The same for a call of a function or a method."""
+    label = (
+        node.target
+        if isinstance(node.target, str)
+        else getattr(node.target, "__name__", str(node.target))
+    )
+    other = "", f"followed by {label}"
+    if node.op == "call_method":
+        name = _METHODS.get(str(node.target), "") if len(node.args) == 1 and not node.kwargs else ""
+        return (name, "") if name else other
+    if node.target is F.gelu:
+        options = {**dict(zip(("approximate",), node.args[1:], strict=False)), **node.kwargs}
+        name = _GELU.get(str(options.pop("approximate", "none")), "")
+        return (name, "") if name and not options.keys() - {"input"} else other
+    if node.op != "call_function" or node.target not in _FUNCTIONS:
+        return other
+    name, parameters = _FUNCTIONS[node.target]
+    given = {
+        **dict(zip((key for key, _ in parameters), node.args[1:], strict=False)),
+        **node.kwargs,
+    }
+    given.pop("input", None)
+    for key, value in given.items():
+        expected = dict(parameters).get(key, given)
+        if key != "inplace" and (isinstance(value, fx.Node) or value != expected):
+            return "", f"no fused activation has the parameters of {label}({key}={value})"
+    return name, ""
+
+
+# what a traced forward shows around a norm
+
+
+class Fold(NamedTuple):
+    """A norm's call and what goes into it."""
+
+    norm: fx.Node
+    activation: str
+    residual: fx.Node | None
+    add: fx.Node | None
+    last: fx.Node  # whose value the fused norm's output is
+
+
+_ADDS = (operator.add, operator.iadd, torch.add)
+_SCALARS = (
+    "size",
+    "dim",
+    "item",
+    "numel",
+    "tolist",
+    "ndimension",
+    "stride",
+    "nelement",
+    "is_contiguous",
+)
+
+
+def _tensor(node: Any) -> bool:
+    """Whether a node is surely a tensor, as far as its forward was called with tensors."""
+    if not isinstance(node, fx.Node) or node.op == "output":
+        return False
+    if node.op == "placeholder":
+        return not node.args  # one with a default may be anything
+    if node.op == "call_method":
+        return node.target not in _SCALARS and _tensor(node.args[0])
+    if node.op == "call_function":
+        return node.target is not getattr and any(
+            _tensor(source) for source in node.all_input_nodes
+        )
+    return True
+
+
+def _terms(node: fx.Node) -> tuple[Any, Any] | None:
+    """The two operands if a node adds two tensors and does nothing else."""
+    method = node.op == "call_method" and node.target in ("add", "add_")
+    function = node.op == "call_function" and node.target in _ADDS
+    if not (method or function) or len(node.args) != 2 or node.kwargs:
+        return None
+    first, second = node.args
+    return (first, second) if _tensor(first) and _tensor(second) and first is not second else None
+
+
+def _added_in_place(node: fx.Node) -> bool:
+    return node.target in (operator.iadd, "add_")
+
+
+def _mutates(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a call may change one of its inputs."""
+    if node.op == "call_module":
+        return any(
+            getattr(module, "inplace", False)
+            for module in root.get_submodule(str(node.target)).modules()
+        )
+    name = str(getattr(node.target, "__name__", node.target))
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    if (
+        node.op == "call_function"
+        and name.startswith("i")
+        and node.target is getattr(operator, name, None)
+    ):
+        return True
+    return (
+        "out" in node.kwargs or True in node.args or node.kwargs.get("inplace", False) is not False
+    )
+
+
+def _disturbed(first: fx.Node, last: fx.Node, root: nn.Module) -> bool:
+    """Whether anything between two nodes may change a tensor in place."""
+    node = first.next
+    while node is not last:
+        if _mutates(node, root):
+            return True
+        node = node.next
+    return False
+
+
+def _following(node: fx.Node, root: nn.Module) -> tuple[str, str, fx.Node]:
+    """The activation that a node's only user is: its name, else why there is none, and the user."""
+    if len(node.users) != 1:
+        return (
+            "",
+            f"its output has {len(node.users)} users" if node.users else "its output is not used",
+            node,
+        )
+    user = next(iter(node.users))
+    if user.op == "output":
+        return "", "nothing follows it in its forward", node
+    if user.op == "call_module":
+        return *activation_of(root.get_submodule(str(user.target))), user
+    return *_of_call(user), user
+
+
+def match(node: fx.Node, root: nn.Module) -> Fold | str:
+    """What can be folded into the norm that a node calls, or why nothing can."""
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        return "it is called with more than its input"
+    if isinstance(root.get_submodule(str(node.target)), nn.LayerNorm):
+        return _match_layer_norm(node, root)
+    if len(node.users) == 1:
+        add = next(iter(node.users))
+        terms = _terms(add)
+        if terms is not None:
+            return _match_add(node, add, terms, root)
+    name, reason, last = _following(node, root)
+    return Fold(node, name, None, None, last) if name else reason
+
+
+def _match_add(node: fx.Node, add: fx.Node, terms: tuple[Any, Any], root: nn.Module) -> Fold | str:
+    if _added_in_place(add) and terms[0] is not node:
+        return "it is added in place into another tensor"
+    if _disturbed(node, add, root):
+        return "an in-place operation stands between the norm and the addition"
+    name, reason, last = _following(add, root)
+    if "hooks" in reason:
+        return reason
+    return Fold(
+        node,
+        name or "identity",
+        terms[1] if terms[0] is node else terms[0],
+        add,
+        last if name else add,
+    )
+
+
+def _match_layer_norm(node: fx.Node, root: nn.Module) -> Fold | str:
+    name, reason, last = _following(node, root)
+    add: Any = node.args[0]
+    terms = _terms(add)
+    plain = terms is not None and not _added_in_place(add) and len(add.users) == 1
+    if terms is not None and plain and not _disturbed(add, node, root) and "hooks" not in reason:
+        return Fold(node, name or "identity", terms[1], add, last if name else node)
+    return Fold(node, name, None, None, last) if name else reason
+
+
+def rewrite(fold: Fold, root: nn.Module) -> None:
+    """Change the graph: one call of the norm in place of the norm, the addition and the activation."""
+    graph, norm = fold.norm.graph, fold.norm
+    before = isinstance(root.get_submodule(str(norm.target)), nn.LayerNorm)
+    position = norm if fold.add is None or before else fold.add
+    with graph.inserting_before(position):
+        source, residual = norm.args[0], fold.residual
+        if fold.add is not None and before:
+            source = fold.add.args[0]
+        elif fold.add is not None and _added_in_place(fold.add):
+            # the sum keeps the dtype of the norm's output, which is its input's
+            dtype = graph.call_function(getattr, (source, "dtype"))
+            residual = graph.call_method("to", (residual, dtype))
+        fused = graph.call_module(
+            str(norm.target), (source,) if residual is None else (source, residual)
+        )
+    fold.last.replace_all_uses_with(fused)
+    for node in (fold.last, fold.add, norm):
+        if node is not None and not node._erased:
+            graph.erase_node(node)
+    if before and fold.add is not None and not fold.add._erased:
+        graph.erase_node(fold.add)

@@ -1,0 +1,85 @@
+"""A forward written from a graph, for one instance."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+import re
+import types
+from typing import Any
+
+from torch import fx, nn
+
+from fastnorm.surgery.tracing import Guard
+
+
+def code_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+    """A graph as the source of a forward, and the globals that this source uses."""
+    for node in graph.nodes:
+        node.type = None  # annotations belong to the signature, which is the original's
+    graph.lint()
+    code = graph.python_code("self")
+    names = set(re.findall(r"\w+", code.src))
+    return code.src, {name: value for name, value in code.globals.items() if name in names}
+
+
+class FusedForward:
+    """The forward of one module instance, written by :func:`fuse_`; it follows its module through deepcopy and pickle.
+
+    Attributes of the model that the trace has read are guards: another value at call time is a RuntimeError.
+    """
+
+    def __init__(
+        self, module: nn.Module, source: str, namespace: dict[str, Any], guards: tuple[Guard, ...]
+    ) -> None:
+        self.module = module
+        self.source = source
+        self.namespace = namespace
+        self.guards = guards
+        self._compile()
+
+    def _compile(self) -> None:
+        name = f"<fastnorm: fused forward of {type(self.module).__name__} {hash(self.source):x}>"
+        linecache.cache[name] = (
+            len(self.source),
+            None,
+            self.source.splitlines(keepends=True),
+            name,
+        )
+        scope = dict(self.namespace)
+        exec(compile(self.source, name, "exec"), scope)  # noqa: S102 (torch.fx writes forwards as source)
+        self.function = scope["forward"]
+        signature = inspect.signature(type(self.module).forward)
+        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for path, expected in self.guards:
+            value = functools.reduce(getattr, path, self.module)
+            if value is not expected and (type(value) is not type(expected) or value != expected):
+                raise RuntimeError(
+                    f"{'.'.join(path)} was {expected!r} when fuse_ traced {type(self.module).__name__}.forward and is "
+                    f"{value!r} now: call fastnorm.restore_ first, and fuse_ again"
+                )
+        return self.function(self.module, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        named = {
+            key: value.__name__
+            for key, value in self.namespace.items()
+            if isinstance(value, types.ModuleType)
+        }
+        objects = {key: value for key, value in self.namespace.items() if key not in named}
+        return {
+            "module": self.module,
+            "source": self.source,
+            "guards": self.guards,
+            "names": named,
+            "objects": objects,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = {key: __import__(name, fromlist=["*"]) for key, name in state["names"].items()}
+        self.module, self.source, self.guards = state["module"], state["source"], state["guards"]
+        self.namespace = {**state["objects"], **modules}
+        self._compile()

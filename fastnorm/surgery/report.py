@@ -1,0 +1,63 @@
+"""What a surgery did, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One line of a report: a change, or a module left alone and why (then ``now`` equals ``was``)."""
+
+    name: str
+    was: str
+    now: str
+    why_skipped: str = ""
+
+
+class Report:
+    """What a surgery changed and what it left alone; prints as a table, iterates over its rows.
+
+    Example:
+        >>> import torch, fastnorm
+        >>> report = fastnorm.replace_(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.SiLU()))
+        >>> report.changed, report.skipped
+        (1, 0)
+        >>> [row.name for row in report]
+        ['1']
+    """
+
+    def __init__(self, rows: Iterable[Row], dry_run: bool = False) -> None:
+        self.rows = list(rows)
+        self.dry_run = dry_run
+
+    @property
+    def changed(self) -> int:
+        """How many rows are changes."""
+        return sum(not row.why_skipped for row in self.rows)
+
+    @property
+    def skipped(self) -> int:
+        """How many rows are modules left alone."""
+        return len(self.rows) - self.changed
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        total = f"{self.changed} changed, {self.skipped} skipped"
+        if self.dry_run:
+            total = f"dry run, nothing touched: {self.changed} to change, {self.skipped} to skip"
+        lines = [("name", "was", "is", "why skipped"), *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(4)]
+        lines.insert(1, ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * widths[3]))
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            for line in lines
+        ]
+        return "\n".join([*(line.rstrip() for line in table), total])
+
+    __repr__ = __str__

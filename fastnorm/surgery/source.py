@@ -1,0 +1,79 @@
+"""What the source of a forward says that no proxy can see."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import types
+
+# asked about a proxy, these answer for the proxy and not for the tensor
+_QUESTIONS = frozenset(
+    ("isinstance", "issubclass", "type", "hasattr", "callable", "id", "is_tensor")
+)
+
+
+class _Source(ast.NodeVisitor):
+    """Searches a function for what a trace gets wrong without noticing."""
+
+    def __init__(self, code: types.CodeType) -> None:
+        self.first = code.co_varnames[0] if code.co_argcount else ""
+        self.refusals: list[str] = []
+
+    def _rooted(self, node: ast.AST) -> bool:
+        """Whether an expression is self.a.b[c]: the model's own structure, not an argument."""
+        while isinstance(node, (ast.Attribute, ast.Subscript)):
+            node = node.value
+        return isinstance(node, ast.Name) and node.id == self.first == "self"
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        for decorator in node.decorator_list:
+            if not (
+                isinstance(decorator, ast.Name)
+                and decorator.id in ("property", "staticmethod", "classmethod")
+            ):
+                self.refusals.append(f"{node.name} is decorated with {ast.unparse(decorator)}")
+        for statement in node.body:
+            self.visit(statement)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if node.attr == "training":
+            self.refusals.append("its forward reads training, which a trace would freeze")
+        self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        sides = [node.left, *node.comparators]
+        identity = any(isinstance(test, (ast.Is, ast.IsNot)) for test in node.ops)
+        if identity and not any(self._rooted(side) for side in sides):
+            self.refusals.append(f"its forward tests {ast.unparse(node)!r}")
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        if name in _QUESTIONS and not (node.args and self._rooted(node.args[0])):
+            self.refusals.append(f"its forward asks {ast.unparse(node)!r}")
+        self.generic_visit(node)
+
+    def _refuse(self, node: ast.AST) -> None:
+        self.refusals.append(
+            f"its forward has a {type(node).__name__.removeprefix('Async').lower()} statement"
+        )
+
+    visit_With = visit_AsyncWith = visit_Try = visit_TryStar = visit_Match = visit_Yield = (
+        visit_YieldFrom
+    ) = _refuse
+    visit_Global = visit_Nonlocal = visit_Await = _refuse
+
+
+def unsafe_source(code: types.CodeType) -> list[str]:
+    if (
+        code.co_name.startswith("<") and code.co_name != "<lambda>"
+    ):  # a comprehension: part of its function's source
+        return []
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError):
+        return [f"the source of {code.co_name} is not available"]
+    scan = _Source(code)
+    scan.visit(tree)
+    return scan.refusals

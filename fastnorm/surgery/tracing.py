@@ -1,0 +1,265 @@
+"""torch.fx traces that can replace a forward: everything a trace would freeze or lose is found and named.
+
+torch.fx runs the forward once on proxies. What does not pass through a proxy is decided then, for good: a look at
+``self.training``, ``x is None``, ``isinstance(x, tuple)``, a context manager, a random number. So the traced module
+is a shadow that sees every attribute read, a profiler sees every Python function entered and every builtin called,
+a function mode sees torch calls without a proxy, and the sources of all functions entered are searched for tests
+that no proxy can see. Plain values that were read become guards, checked at every call of the new forward.
+"""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import operator
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fastnorm.surgery.source import unsafe_source
+
+# where an attribute is, seen from the traced module, and the value it had
+Guard = tuple[tuple[str, ...], Any]
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_ENTRIES = (
+    "torch.nn.modules.",
+    "torch.nn.functional",
+    "torch.functional",
+    "torch._tensor",
+    "torch.fx.",
+    "torch.overrides",
+)
+_ENTRIES += ("torch._jit_internal",)  # nn.functional's pooling goes through it
+_INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
+_WATCH = "_fastnorm_watch"
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+
+
+class Trace(NamedTuple):
+    """The graph of a forward (None where torch.fx fails), why it must not replace the forward, and its guards."""
+
+    graph: fx.Graph | None
+    refusal: str
+    guards: tuple[Guard, ...]
+
+
+class _Watch:
+    """What a trace has seen."""
+
+    def __init__(self) -> None:
+        self.refusals: list[str] = []
+        self.guards: dict[tuple[str, ...], Any] = {}
+        self.codes: dict[types.CodeType, None] = {}
+        self.running = False
+
+    def refuse(self, reason: str) -> None:
+        if self.running:
+            self.refusals.append(reason)
+
+    def read(self, path: tuple[str, ...], name: str, value: Any, own: bool) -> None:
+        """An attribute that is neither a module, a parameter nor a buffer was read."""
+        if not self.running or name in _INTERNAL or name == _WATCH:
+            return
+        if name == "training":
+            self.refuse("its forward reads training, which a trace would freeze")
+        elif _plain(value) or (own and inspect.isroutine(value)):
+            self.guards[*path, name] = value
+        elif own:
+            self.refuse(
+                f"its forward reads {'.'.join((*path, name))} ({type(value).__name__}), which a trace would freeze"
+            )
+
+    def profile(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        """Called by the interpreter for every Python function entered and every builtin called."""
+        code, caller = frame.f_code, frame.f_back
+        if event == "c_call" and code in self.codes and not _traceable_builtin(argument):
+            name = getattr(argument, "__qualname__", repr(argument))
+            self.refuse(f"its forward calls {name}, whose result a trace would freeze")
+        if event != "call" or caller is None or code.co_filename == __file__:
+            return
+        by_property = (
+            caller.f_code.co_filename == __file__ and caller.f_code.co_name == "__getattribute__"
+        )
+        if caller.f_code not in self.codes and not by_property:
+            return  # entered by torch for itself
+        name = frame.f_globals.get("__name__", "")
+        if not code.co_filename.startswith(_TORCH):
+            self.codes.setdefault(code)
+        elif not name.startswith(_ENTRIES):
+            self.refuse(f"its forward calls {name}.{code.co_name}, which a trace would lose")
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_plain(item) for item in value)
+    return isinstance(value, _PLAIN)
+
+
+def _traceable_builtin(function: Any) -> bool:
+    owner = getattr(function, "__self__", None)
+    if owner in (builtins, operator) or isinstance(
+        owner, (str, list, tuple, dict, set, int, float, fx.Proxy)
+    ):
+        return True
+    module = getattr(function, "__module__", None) or ""
+    if module == "math" or isinstance(owner, type):
+        return True
+    # torch's own: functions of tensors are seen by the function mode, questions about the process are not
+    return module.startswith("torch") and not function.__name__.lstrip("_").startswith(
+        ("is_", "get_", "set_", "has_")
+    )
+
+
+class _Constants(TorchFunctionMode):
+    """Sees torch functions that are called without a proxy: their result would become a constant."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(
+        self, function: Any, classes: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs or {}))
+        if not any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+            name = getattr(function, "__name__", repr(function))
+            self.watch.refuse(
+                f"its forward calls {name} on no input, whose result a trace would freeze"
+            )
+        return function(*args, **(kwargs or {}))
+
+
+def _inplace(name: str) -> Callable[[fx.Proxy, Any], Any]:
+    target = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that records ``x += y`` as what it is; torch.fx's own records ``x + y``."""
+
+
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "imatmul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+):
+    setattr(_Proxy, f"__{_name}__", _inplace(_name))
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return True
+
+
+def _shadow(
+    module: nn.Module, watch: _Watch, path: tuple[str, ...], known: dict[int, nn.Module]
+) -> nn.Module:
+    """A copy of a module and its children, sharing everything, that reports its reads and refuses writes."""
+    if id(module) in known:
+        return known[id(module)]
+    cls = type(module)
+
+    def __getattribute__(self: Any, name: str) -> Any:
+        value = cls.__getattribute__(self, name)
+        if not name.startswith("__"):
+            fields = object.__getattribute__(self, "__dict__")
+            watch.read(path, name, value, name in fields)
+        return value
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        watch.refuse(f"its forward sets {'.'.join((*path, name))}")
+
+    seen = type.__new__(
+        type(cls),
+        cls.__name__,
+        (cls,),
+        {
+            "__getattribute__": __getattribute__,
+            "__setattr__": __setattr__,
+            "__module__": cls.__module__,
+        },
+    )
+    known[id(module)] = copy = object.__new__(seen)
+    children = {
+        key: None if child is None else _shadow(child, watch, (*path, key), known)
+        for key, child in module._modules.items()
+    }
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__["_modules"] = children
+    return copy
+
+
+def _unsafe_signature(forward: Any) -> str:
+    """Why a forward's signature cannot be kept; empty if it can."""
+    if not isinstance(forward, types.FunctionType):
+        return "its forward is not a plain function"
+    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            return f"its forward takes {str(parameter).split(':')[0]}"
+        if parameter.default is not parameter.empty and not isinstance(
+            parameter.default, (bool, int, float, str, type(None))
+        ):
+            return f"its forward has a default for {parameter.name} that a trace cannot write"
+    return ""
+
+
+def trace(module: nn.Module) -> Trace:
+    """Trace the forward of a module with its children as leaves; the module is not touched."""
+    refusal = _unsafe_signature(type(module).forward)
+    if refusal:
+        return Trace(None, refusal, ())
+    watch = _Watch()
+    profiler = sys.getprofile()
+    graph = None
+    try:
+        shadow = _shadow(module, watch, (), {})
+        watch.codes[type(module).forward.__code__] = None
+        with _Constants(watch):
+            sys.setprofile(watch.profile)
+            watch.running = True
+            graph = _Tracer().trace(shadow)
+    except Exception as error:  # noqa: BLE001 (a forward can fail on proxies in any way)
+        watch.refusals.append(
+            f"torch.fx cannot trace its forward ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        )
+    finally:
+        watch.running = False
+        sys.setprofile(profiler)
+    refusals = [
+        *watch.refusals,
+        *(reason for code in watch.codes for reason in unsafe_source(code)),
+    ]
+    return Trace(graph, refusals[0] if refusals else "", tuple(watch.guards.items()))
