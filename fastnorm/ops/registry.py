@@ -29,10 +29,17 @@ def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def _as_tuple(outputs: Any) -> tuple[Any, ...]:
+    if outputs is None:  # an op that works in place
+        return ()
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
 def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) -> Any:
     """Define ``torch.ops.fastnorm.<name>`` and return its overload.
 
-    ``allocate(*inputs)`` returns the outputs (a tensor, or a tuple of tensors and Nones) that ``fastnorm/ops/<family>/
+    ``allocate(*inputs)`` returns the outputs (a tensor, a tuple of tensors and Nones, or None for an op
+    in place) that ``fastnorm/ops/<family>/
     <backend>.py``'s function ``<name>(*inputs, *outputs)`` fills; it is the fake implementation as well, so fake and
     real cannot disagree. The reference backend alone is called as ``<name>(*inputs)`` and returns ATen's own tensors.
     The first input is the tensor whose device decides.
@@ -46,7 +53,7 @@ def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) 
             return implementation(*inputs)
         outputs = allocate(*inputs)
         with _on_device_of(x):
-            implementation(*inputs, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+            implementation(*inputs, *_as_tuple(outputs))
         return outputs
 
     LIBRARY.define(f"{name}{schema}")

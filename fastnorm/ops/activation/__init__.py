@@ -40,8 +40,8 @@ def _backward_outputs(x: Tensor, dy: Tensor, name: str) -> Tensor:
     return torch.empty_like(x)
 
 
-def _inplace_outputs(x: Tensor, name: str) -> tuple[()]:
-    return ()
+def _inplace_outputs(x: Tensor, name: str) -> None:
+    return None
 
 
 def _swish_backward_outputs(

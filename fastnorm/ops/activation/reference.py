@@ -20,12 +20,16 @@ class Activation(NamedTuple):
     gradient: Callable[[Tensor, Tensor], Tensor]
 
 
+def _beta(z: Tensor) -> Tensor:
+    return torch.full((1,), 1.702, dtype=torch.float64, device=z.device)
+
+
 def gelu_sigmoid(z: Tensor) -> Tensor:
-    return swish(z, torch.full((1,), 1.702, dtype=torch.float32, device=z.device))
+    return swish(z, _beta(z))
 
 
 def _gelu_sigmoid_gradient(dy: Tensor, z: Tensor) -> Tensor:
-    dz, _ = swish_backward(z, dy, torch.full((1,), 1.702, dtype=torch.float32, device=z.device), [True, False])
+    dz, _ = swish_backward(z, dy, _beta(z), [True, False])
     assert dz is not None
     return dz
 

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
-import torch
-import triton.language as tl
 from torch import Tensor
 
 from fastnorm.ops import launch
-from fastnorm.ops.activation.triton import ACTIVATIONS
-from fastnorm.ops.batch_norm.plan import Plan, plan
+from fastnorm.ops.activation.triton_values import ACTIVATIONS
+from fastnorm.ops.batch_norm.plan import plan
 from fastnorm.ops.batch_norm.triton_backward import backward_owner_kernel, backward_pass_kernel, backward_ticket_kernel
 from fastnorm.ops.batch_norm.triton_forward import forward_owner_kernel, forward_running_kernel, forward_ticket_kernel
-
-
-def split(value: float) -> tuple[float, float]:
-    """value as the sum of two fp32 numbers: Triton passes scalars as fp32, and fp64 kernels need more."""
-    (head,) = struct.unpack("f", struct.pack("f", value))
-    return head, value - head
-
-
-def sizes(p: Plan) -> tuple[int, ...]:
-    return p.N, p.C, p.S, p.x_stride_n, p.x_stride_c, p.x_stride_s
-
-
-def wide_type(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def workspace(x: Tensor, p: Plan) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty(p.groups * 2 * p.constants["BLOCK_C"] * p.tiles, dtype=dtype, device=x.device)
-
-
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+from fastnorm.ops.batch_norm.triton_launch import OPTIONS, sizes, split, wide_type, workspace
 
 
 def _forward(

@@ -1,0 +1,73 @@
+"""Activations on Triton: how the elementwise kernels and Swish's are launched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastnorm.ops import launch
+from fastnorm.ops.activation.triton_elementwise import backward_kernel, forward_kernel
+from fastnorm.ops.activation.triton_swish import swish_backward_kernel, swish_forward_kernel
+from fastnorm.ops.activation.triton_values import ACTIVATIONS
+from fastnorm.ops.batch_norm.plan import plan
+from fastnorm.ops.batch_norm.triton_launch import OPTIONS, sizes, wide_type, workspace
+
+BLOCK_BYTES = 8192  # of one operand: with four warps, four 16-byte loads per thread
+
+
+def _elementwise(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+    block = BLOCK_BYTES // x.element_size()
+    wide = tl.float64 if x.dtype == torch.float64 else tl.float32
+    grid = (triton.cdiv(x.numel(), block),)
+    return grid, {"WIDE": wide, "BLOCK": block, "num_warps": 4, "enable_fp_fusion": True}
+
+
+def activation_forward(x: Tensor, name: str, y: Tensor) -> None:
+    if x.numel() > 0:
+        grid, constants = _elementwise(x)
+        forward_kernel[grid](y, x, x.numel(), VALUE=ACTIVATIONS[name][0], **constants)
+
+
+def activation_forward_(x: Tensor, name: str) -> None:
+    activation_forward(x, name, x)
+
+
+def activation_backward(x: Tensor, dy: Tensor, name: str, dx: Tensor) -> None:
+    if x.numel() > 0:
+        grid, constants = _elementwise(x)
+        backward_kernel[grid](dx, x, dy, x.numel(), SLOPE=ACTIVATIONS[name][1], **constants)
+
+
+def _as_planes(x: Tensor, beta: Tensor) -> Tensor:
+    """x as the planes that beta scales: one channel as long as the tensor where there is one beta."""
+    return x if beta.numel() > 1 else x.as_strided((1, 1, x.numel()), (x.numel(), x.numel(), 1))
+
+
+def swish_forward(x: Tensor, beta: Tensor, y: Tensor) -> None:
+    if x.numel() == 0:
+        return
+    p = plan(_as_planes(x, beta), _as_planes(y, beta), operands=1)
+    swish_forward_kernel[(p.groups * p.tiles,)](
+        y, x, beta, *sizes(p), p.tiles, WIDE=wide_type(x), **p.constants, **OPTIONS
+    )
+
+
+def swish_backward(
+    x: Tensor, dy: Tensor, beta: Tensor, needs: list[bool], dx: Tensor | None, dbeta: Tensor | None
+) -> None:
+    if x.numel() == 0:
+        if dbeta is not None:
+            dbeta.zero_()
+        return
+    p = plan(_as_planes(x, beta), _as_planes(dy, beta), operands=2)
+    swish_backward_kernel[(p.groups * p.tiles,)](
+        dx, dbeta, x, dy, beta,
+        workspace(x, p) if dbeta is not None else None,
+        launch.counters(x, p.groups) if dbeta is not None else None,
+        *sizes(p), p.tiles,
+        NEED_DX=dx is not None, NEED_DBETA=dbeta is not None, WIDE=wide_type(x), **p.constants, **OPTIONS,
+    )  # fmt: skip

@@ -1,0 +1,34 @@
+"""What the launchers of kernels on planes share: arguments from a plan, workspaces, options."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastnorm.ops.batch_norm.plan import Plan
+
+
+def split(value: float) -> tuple[float, float]:
+    """value as the sum of two fp32 numbers: Triton passes scalars as fp32, and fp64 kernels need more."""
+    (head,) = struct.unpack("f", struct.pack("f", value))
+    return head, value - head
+
+
+def sizes(p: Plan) -> tuple[int, ...]:
+    return p.N, p.C, p.S, p.x_stride_n, p.x_stride_c, p.x_stride_s
+
+
+def wide_type(x: Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def workspace(x: Tensor, p: Plan) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty(p.groups * 2 * p.constants["BLOCK_C"] * p.tiles, dtype=dtype, device=x.device)
+
+
+OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": True}
