@@ -1,0 +1,272 @@
+"""Layer norm on Triton: how the kernels of triton_forward.py and triton_backward.py are launched."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastnorm import layout
+from fastnorm.ops import launch
+from fastnorm.ops.activation.triton import ACTIVATIONS
+from fastnorm.ops.layer_norm.triton_backward import backward_kernel, backward_ticket_kernel, finalize_kernel
+from fastnorm.ops.layer_norm.triton_forward import normalize_kernel, normalize_long_kernel, normalize_ticket_kernel
+
+# Columns up to which a row lives in registers (a quarter of them in fp64): forward 32 elements a thread; backward keeps x, dy
+# and the gradients of the parameters, which spill beyond 8k.
+FORWARD_COLS, BACKWARD_COLS = 16384, 8192
+# Read transposed (rows adjacent), a tile has at least 16 rows: what that leaves of columns in registers.
+FORWARD_TRANSPOSED_COLS, BACKWARD_TRANSPOSED_COLS = 1024, 256
+SHARED_ROW = 65536  # columns from which several programs share a row, where there are fewer rows than processors
+BLOCK, CHUNK = 4096, 16384
+GROUP, GROUP_BYTES = 16, 16 << 20  # rows per arrival counter; beyond these bytes a group does not stay in L2
+
+
+def split(value: float) -> tuple[float, float]:
+    """value as the sum of two fp32 numbers: Triton passes scalars as fp32, and fp64 kernels need more."""
+    (head,) = struct.unpack("f", struct.pack("f", value))
+    return head, value - head
+
+
+def _constants(x: Tensor, **others: Any) -> dict[str, Any]:
+    return dict(WIDE=tl.float64 if x.dtype == torch.float64 else tl.float32, enable_fp_fusion=True, **others)
+
+
+def _transposed(view: Tensor) -> bool:
+    """Whether rows, not columns, are adjacent."""
+    return view.size(2) > 1 and view.stride(2) != 1 and view.stride(1) == 1
+
+
+def _views(dims: int, transposed_cols: int, *tensors: Tensor) -> list[Tensor]:
+    """The tensors as [B, S, N] that a kernel reads in place, copied row-major where it cannot."""
+    views = layout.rows(dims, *tensors)
+    if views is not None:
+        cols = views[0].size(2)
+        in_place = [
+            view.stride(2) == 1 or cols == 1 or (_transposed(view) and cols <= transposed_cols) for view in views
+        ]
+        if all(in_place):
+            return views
+        tensors = tuple(x if good else x.contiguous() for x, good in zip(tensors, in_place, strict=True))
+    else:
+        tensors = tuple(x.contiguous() for x in tensors)
+    views = layout.rows(dims, *tensors)
+    assert views is not None
+    return views
+
+
+def _flat(dims: int, *tensors: Tensor) -> list[Tensor]:
+    """The tensors as [1, M, N] with adjacent columns, copied where they are not."""
+    views = [(layout.rows(dims, x) or [x])[0] for x in tensors]
+    good = [view.dim() == 3 and view.size(0) == 1 and view.stride(2) == 1 for view in views]
+    contiguous = [x if fine else x.contiguous() for x, fine in zip(tensors, good, strict=True)]
+    return layout.rows(dims, *contiguous)  # type: ignore[return-value]
+
+
+def _units(bytes_each: int, *sizes: int) -> int:
+    """The largest power of two, up to 16 bytes of elements, that divides all sizes."""
+    return math.gcd(max(1, 16 // bytes_each), *sizes)
+
+
+def _align(views: list[Tensor]) -> tuple[int, int]:
+    """(ROW_ALIGN, COL_ALIGN): the units in which sizes and strides of these views are given."""
+    B, S, N = views[0].shape
+    narrowest = min(view.element_size() for view in views)
+    transposed = [view for view in views if _transposed(view)]
+    plain = [view for view in views if not _transposed(view)]
+    row_sizes = [S, *(v.stride(2) for v in transposed), *(v.stride(0) for v in transposed if B > 1)]
+    col_sizes = [N, *(v.stride(1) for v in plain if S > 1), *(v.stride(0) for v in plain if B > 1)]
+    return (_units(narrowest, *row_sizes) if transposed else 1), _units(narrowest, *col_sizes)
+
+
+def _strides(view: Tensor, row_align: int, col_align: int) -> tuple[int, int, int]:
+    """(batch, row, column) strides in units; one that no address needs may be anything."""
+    if _transposed(view):
+        return view.stride(0) // row_align, 0, view.stride(2) // row_align
+    return view.stride(0) // col_align, view.stride(1) // col_align, 0
+
+
+def _parameter(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
+
+
+def _in_registers(x: Tensor, cols: int) -> int:
+    return cols // 4 if x.dtype == torch.float64 else cols
+
+
+def _tile(N: int, thread: int, transposed: bool, warps: int) -> dict[str, int]:
+    """ROWS, COLS and warps of a tile of whole rows, `thread` elements a thread where `warps` warps reach that far."""
+    cols = triton.next_power_of_2(N)
+    rows = min(128, max(16 if transposed else 1, 4 * 32 * thread * (2 if transposed else 1) // cols))
+    return {"ROWS": rows, "COLS": cols, "num_warps": min(warps, max(4, rows * cols // (32 * thread)))}
+
+
+def layer_norm_forward(
+    x: Tensor,  # [..., *shape]
+    residual: Tensor | None,  # [..., *shape]
+    weight: Tensor | None,  # [*shape]
+    bias: Tensor | None,  # [*shape]
+    dims: int,
+    eps: float,
+    activation: str,
+    dtype: torch.dtype,
+    want_sum: bool,
+    y: Tensor,  # [..., *shape]
+    mean: Tensor,  # [M]
+    rstd: Tensor,  # [M]
+    total: Tensor | None,  # [..., *shape]
+) -> None:
+    M, N = mean.numel(), math.prod(x.shape[x.dim() - dims :])
+    if M * N == 0:
+        mean.zero_()
+        rstd.fill_(math.nan)
+        return
+    weight, bias = _parameter(weight), _parameter(bias)
+    constants = _constants(x, VALUE=ACTIVATIONS[activation][0])
+    inputs = (x,) if residual is None else (x, residual)
+    if N > _in_registers(x, FORWARD_COLS):
+        _forward_long(inputs, weight, bias, eps, y, mean, rstd, total, M, N, dims, constants)
+        return
+    views = _views(dims, FORWARD_TRANSPOSED_COLS if residual is None else 0, *inputs)
+    transposed = _transposed(views[0])
+    B, S, _ = views[0].shape
+    row_align, col_align = _align(views)
+    tile = _tile(N, 16, transposed, 16)
+    tiles = triton.cdiv(S, tile["ROWS"])
+    normalize_kernel[(B * tiles,)](
+        y, total, mean, rstd, views[0], None if residual is None else views[1], weight, bias, *split(eps),
+        S // row_align, N // col_align, tiles,
+        *_strides(views[0], row_align, col_align), *_strides(views[-1], row_align, col_align)[:2],
+        ROW_ALIGN=row_align, COL_ALIGN=col_align, TRANSPOSED=transposed, **tile, **constants,
+    )  # fmt: skip
+
+
+def _forward_long(
+    inputs: tuple[Tensor, ...], weight: Tensor | None, bias: Tensor | None, eps: float,
+    y: Tensor, mean: Tensor, rstd: Tensor, total: Tensor | None,
+    M: int, N: int, dims: int, constants: dict[str, Any],
+) -> None:  # fmt: skip
+    views = _flat(dims, *inputs)
+    _, align = _align(views)
+    outputs = (y, total, mean, rstd)
+    operands = (views[0], None if len(views) == 1 else views[1], weight, bias)
+    strides = (views[0].stride(1) // align, views[-1].stride(1) // align)
+    constants = dict(constants, COL_ALIGN=align, BLOCK=BLOCK, num_warps=8)
+    processors = launch.processors(y.device)
+    if N < SHARED_ROW or M >= processors:
+        normalize_long_kernel[(M,)](*outputs, *operands, *split(eps), N // align, *strides, **constants)
+        return
+    chunks = triton.cdiv(N, CHUNK)
+    lag = chunks - 1 + processors // 2
+    programs = 2 * (M * chunks + lag)
+    partial = torch.empty((M, chunks, 2), dtype=mean.dtype, device=y.device)
+    normalize_ticket_kernel[(programs,)](
+        *outputs, *operands, partial, launch.counters(y, 2 + M), *split(eps),
+        M, N // align, *strides, chunks, lag, programs, CHUNK=CHUNK, PARTS=256, **constants,
+    )  # fmt: skip
+
+
+def layer_norm_backward(
+    x: Tensor,  # [..., *shape]
+    dy: Tensor,  # [..., *shape]
+    dsum: Tensor | None,  # [..., *shape]
+    weight: Tensor | None,  # [*shape]
+    bias: Tensor | None,  # [*shape]
+    mean: Tensor,  # [M]
+    rstd: Tensor,  # [M]
+    dims: int,
+    activation: str,
+    needs: list[bool],
+    dx: Tensor | None,  # [..., *shape]
+    dweight: Tensor | None,  # [*shape]
+    dbias: Tensor | None,  # [*shape]
+) -> None:
+    M, N = mean.numel(), math.prod(x.shape[x.dim() - dims :])
+    if M * N == 0:
+        for gradient in (dweight, dbias):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    dsum = None if dsum is None else dsum.contiguous()
+    slope = None if activation == "identity" else ACTIVATIONS[activation][1]
+    operands = (dsum, _parameter(weight), None if slope is None else _parameter(bias), mean, rstd)
+    constants = _constants(x, SLOPE=slope)
+    launched = _backward_short if N <= _in_registers(x, BACKWARD_COLS) else _backward_long
+    parts = launched(x, dy, operands, dims, dx, dweight is not None, dbias is not None, M, N, constants)
+    if parts is None:
+        return
+    wanted = [gradient is not None for gradient in (dweight, dbias)]
+    halves = iter(parts.unbind(0))
+    dweight_part, dbias_part = (next(halves) if want else None for want in wanted)
+    finalize_kernel[(triton.cdiv(N, 16), sum(wanted))](
+        dweight, dbias, dweight_part, dbias_part, parts.size(1), N, BLOCK_P=256, BLOCK_N=16,
+        WIDE=constants["WIDE"], num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _programs(M: int, N: int, processors: int) -> int:
+    """Persistent programs: many where rows are short, one per processor where they are long, 16 rows each at least."""
+    each = 16 if N <= 256 else 8 if N <= 1024 else 4 if N <= 2048 else 2 if N <= 4096 else 1
+    return min(processors * each, triton.cdiv(M, 16))
+
+
+def _parts(like: Tensor, spans: int, N: int, *wanted: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The workspace of partial parameter gradients [wanted, spans, N], and its part for weight and for bias."""
+    if not any(wanted):
+        return None, None, None
+    parts = torch.empty((sum(wanted), spans, N), dtype=like.dtype, device=like.device)
+    return parts, parts[0] if wanted[0] else None, parts[-1] if wanted[1] else None
+
+
+def _backward_short(
+    x: Tensor, dy: Tensor, operands: tuple[Any, ...], dims: int,
+    dx: Tensor | None, wants_weight: bool, wants_bias: bool, M: int, N: int, constants: dict[str, Any],
+) -> Tensor | None:  # fmt: skip
+    views = _views(dims, BACKWARD_TRANSPOSED_COLS, x, dy)
+    B, S, _ = views[0].shape
+    row_align, col_align = _align(views)
+    thread = 4 if x.dtype == torch.float64 else 8
+    tile = _tile(N, thread, any(_transposed(view) for view in views), 16)
+    tiles = triton.cdiv(S, tile["ROWS"])
+    programs = min(_programs(M, N, launch.processors(x.device)), B * tiles)
+    parts, dweight, dbias = _parts(operands[-1], programs, N, wants_weight, wants_bias)
+    backward_kernel[(programs,)](
+        dx, dweight, dbias, *views, *operands, B, S // row_align, N // col_align, tiles,
+        *_strides(views[0], row_align, col_align), *_strides(views[1], row_align, col_align), programs,
+        ROW_ALIGN=row_align, COL_ALIGN=col_align,
+        X_TRANSPOSED=_transposed(views[0]), DY_TRANSPOSED=_transposed(views[1]),
+        PREFETCH=N <= BACKWARD_COLS // 2, **tile, **constants,
+    )  # fmt: skip
+    return parts
+
+
+def _backward_long(
+    x: Tensor, dy: Tensor, operands: tuple[Any, ...], dims: int,
+    dx: Tensor | None, wants_weight: bool, wants_bias: bool, M: int, N: int, constants: dict[str, Any],
+) -> Tensor | None:  # fmt: skip
+    views = _flat(dims, x, dy)
+    _, align = _align(views)
+    block = 512 if x.dtype == torch.float64 else 1024
+    chunks, groups = triton.cdiv(N, block), triton.cdiv(M, GROUP)
+    span = 1 if GROUP * N * (x.element_size() + dy.element_size()) <= GROUP_BYTES else groups
+    lag = chunks - 1 + launch.processors(x.device) // 2
+    programs = 2 * (groups * chunks + lag) if span == 1 else (groups + 1) * chunks
+    spans = groups // span
+    parts, dweight, dbias = _parts(operands[-1], spans, N, wants_weight, wants_bias)
+    partial, means = ((mean_like(operands[-1], M, n)) for n in (chunks, 1))
+    backward_ticket_kernel[(programs,)](
+        dx, dweight, dbias, *views, *operands, partial, means, launch.counters(x, 2 + groups),
+        M, N // align, *(view.stride(1) // align for view in views), chunks, groups, span, lag, programs,
+        COL_ALIGN=align, GROUP=GROUP, ROWS=4, BLOCK=block, PARTS=128, num_warps=8, **constants,
+    )  # fmt: skip
+    return parts
+
+
+def mean_like(mean: Tensor, M: int, parts: int) -> Tensor:
+    """A workspace of two sums for each row and part."""
+    return torch.empty((M, parts, 2), dtype=mean.dtype, device=mean.device)
