@@ -1,0 +1,112 @@
+"""Builds csrc/ into fastnorm._cuda where nvcc is found; without it the package is pure Python and has Triton alone.
+
+FASTNORM_BUILD_CUDA  auto (default): build where nvcc is found; 1: build or fail; 0: never
+CUDACXX, CUDA_HOME   which nvcc (otherwise the one on PATH, otherwise /usr/local/cuda)
+TORCH_CUDA_ARCH_LIST which GPUs, as torch reads it: "8.0;9.0+PTX"
+MAX_JOBS             how many nvcc processes at once
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+
+
+def find_nvcc() -> str | None:
+    """The nvcc to build with: CUDACXX, CUDA_HOME, PATH, the usual place; None where there is none."""
+    if os.environ.get("CUDACXX"):
+        return shutil.which(os.environ["CUDACXX"])
+    if os.environ.get("CUDA_HOME"):
+        return shutil.which("nvcc", path=os.path.join(os.environ["CUDA_HOME"], "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def obstacle() -> str | None:
+    """Why the CUDA backend cannot be built here, and what to do; None where it can."""
+    if not any(CSRC.glob("*.cu")):
+        return "this version has no CUDA sources in csrc/: its kernels are the Triton ones"
+    if not sys.platform.startswith("linux"):
+        return f"the CUDA backend is built on Linux only, and this is {sys.platform}"
+    if find_nvcc() is None:
+        places = {name: os.environ[name] for name in ("CUDACXX", "CUDA_HOME") if os.environ.get(name)}
+        return (
+            f"nvcc was not found ({places or 'not on PATH, nor in /usr/local/cuda/bin'}): install the CUDA toolkit, "
+            "or set CUDA_HOME to its folder or CUDACXX to its nvcc"
+        )
+    return None
+
+
+def wanted() -> bool:
+    """Whether to build the CUDA backend; an error where FASTNORM_BUILD_CUDA=1 asks for what cannot be."""
+    choice = os.environ.get("FASTNORM_BUILD_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"FASTNORM_BUILD_CUDA={choice!r} is not known: set it to auto, 1 or 0")
+    if choice == "0":
+        return False
+    why_not = obstacle()
+    if why_not is not None and choice == "1":
+        raise SystemExit(f"FASTNORM_BUILD_CUDA=1, but {why_not}")
+    if why_not is not None:
+        print(f"fastnorm: building without the CUDA backend: {why_not}", file=sys.stderr)
+    return why_not is None
+
+
+def architecture_flags(known: set[str]) -> list[str]:
+    """-gencode flags for TORCH_CUDA_ARCH_LIST, or for those of our own list that this nvcc knows."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    flags = []
+    for entry in re.split(r"[;,\s]+", (asked or ARCHITECTURES).strip()):
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {entry!r} is not like 9.0 or 9.0+PTX")
+        number = match[1] + match[2]
+        if not asked and f"sm_{number}" not in known:
+            continue
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class NvccBuild(build_ext):
+    """Compiles and links with nvcc alone: no torch headers, so one build serves every version of torch."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        nvcc = find_nvcc()
+        assert nvcc is not None, "extensions are declared only where nvcc was found"
+        known = set(subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split())
+        flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
+        flags += architecture_flags(known)
+        flags += [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def compiled(source: str) -> str:
+            target = str(folder / f"{Path(source).name}.o")
+            subprocess.check_call([nvcc, *flags, "-c", source, "-o", target])
+            return target
+
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            objects = list(pool.map(compiled, ext.sources))
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.check_call([nvcc, "-shared", "-cudart", "static", *objects, "-o", str(output)])
+
+
+if __name__ == "__main__":
+    sources = sorted(str(path) for pattern in ("*.cu", "*.cpp") for path in CSRC.glob(pattern))
+    extensions = [Extension("fastnorm._cuda", sources)] if wanted() else []
+    setup(ext_modules=extensions, cmdclass={"build_ext": NvccBuild})
