@@ -26,7 +26,7 @@ class WeightNorm(parametrizations._WeightNorm):
     eps: float | None = None
 
     def __init__(self, dim: int | None = 0, eps: float | None = None) -> None:
-        super().__init__(dim)  # type: ignore[no-untyped-call]
+        super().__init__(dim)
         if eps is not None:
             if not eps > 0:
                 raise ValueError(f"expected a positive eps, or None for no lower bound of the norm; got {eps}")
@@ -95,7 +95,7 @@ def weight_norm(
             "two tensors, must be the first one. Remove it before, or register the other after weight norm"
         )
     parametrize.register_parametrization(module, name, WeightNorm(dim, eps), unsafe=True)
-    module._register_load_state_dict_pre_hook(_OldNames(name), with_module=True)
+    module._register_load_state_dict_pre_hook(_OldNames(name), with_module=True)  # type: ignore[no-untyped-call]
     return module
 
 

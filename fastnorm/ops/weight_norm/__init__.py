@@ -85,7 +85,6 @@ class WeightNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, g: Tensor, dim: int | None, eps: float | None, own: bool) -> Tensor:
         if own:
-            v, g = v.contiguous(), g.contiguous()
             w, norm = _forward(v, g, dim, eps)
         else:
             w, norm = torch._weight_norm_interface(v, g, dim)  # type: ignore[arg-type]
@@ -105,6 +104,12 @@ class WeightNormFunction(torch.autograd.Function):
         return dv, dg, None, None, None
 
 
+def _apply(v: Tensor, g: Tensor, dim: int | None, eps: float | None, own: bool) -> Tensor:
+    # made contiguous here and not in the Function: double backward must find the way back to a strided v
+    w: Tensor = WeightNormFunction.apply(v.contiguous(), g.contiguous(), dim, eps, own)  # type: ignore[no-untyped-call]
+    return w
+
+
 def _native(v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> Tensor:
     # torch's kernel knows no eps and one dtype; torch.func and forward AD do not see through it
     if eps is not None or v.dtype != g.dtype or dispatch.transformed():
@@ -112,8 +117,7 @@ def _native(v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> Tensor:
     # its double backward takes the norm for a constant where it is fused (first and last dim): ours replaces it
     fused = dim == 0 or dim == v.dim() - 1
     if fused and v.device.type in ("cpu", "cuda") and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        w: Tensor = WeightNormFunction.apply(v, g, dim, eps, False)  # type: ignore[no-untyped-call]
-        return w
+        return _apply(v, g, dim, eps, own=False)
     return torch._weight_norm(v, g, -1 if dim is None else dim)
 
 
@@ -159,5 +163,4 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0, eps: float | None = N
         return v * g  # nothing to normalise: zero gradients, where a norm would give 0/0 (and torch's kernel a crash)
     if dispatch.native("weight_norm", v):
         return _native(v, g, dim, eps)
-    w: Tensor = WeightNormFunction.apply(v, g, dim, eps, True)  # type: ignore[no-untyped-call]
-    return w
+    return _apply(v, g, dim, eps, own=True)

@@ -17,7 +17,8 @@ def _norm(v: Tensor, dim: int | None) -> Tensor:
     others = [i for i in range(v.dim()) if i != dim]
     if not others:  # to vector_norm an empty list means every dim
         return v.abs()
-    return torch.linalg.vector_norm(v, dim=others, keepdim=dim is not None)
+    norm: Tensor = torch.linalg.vector_norm(v, dim=others, keepdim=dim is not None)
+    return norm
 
 
 def composite(v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> Tensor:

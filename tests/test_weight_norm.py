@@ -1,0 +1,484 @@
+"""Weight norm: torch's numbers and names, for every dim, on the reference path and in interpreted Triton kernels."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.gradcheck import GradcheckError
+from torch.nn.utils import parametrizations, parametrize
+
+from fastnorm import dispatch
+from fastnorm.init import data_dependent_init_
+from fastnorm.modules.weight_norm import WeightNorm, remove_weight_norm, weight_norm
+from fastnorm.ops import weight_norm as family
+from fastnorm.ops.weight_norm import weight_norm as function
+
+# rows that are held and looped, columns alone, in groups and longer than a block, odd sizes, one element per norm
+SHAPES = [
+    ((3, 40), (0, 1, None)),
+    ((5, 769), (0, None)),
+    ((31, 33, 7), (1, 2, -2)),
+    ((6, 4, 3, 2), (0, 1, 2, None)),
+    ((300, 7), (1,)),
+    ((40, 3, 130), (1,)),
+    ((2, 9000), (0,)),
+    ((5,), (0, None)),
+]
+CASES = [(shape, dim) for shape, dims in SHAPES for dim in dims]
+
+
+def torch_dim(dim):
+    return -1 if dim is None else dim
+
+
+def inputs(shape, dim, dtype):
+    v = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    g = torch.rand_like(torch.norm_except_dim(v, 2, torch_dim(dim))) + 0.5
+    dw = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return v, g, dw
+
+
+def results(f, v, g, dw):
+    v, g = v.detach().clone().requires_grad_(), g.detach().clone().requires_grad_()
+    w = f(v, g)
+    return [w.detach(), *torch.autograd.grad(w, (v, g), dw)]
+
+
+def composite_rows(v, g, dim, eps):
+    """The formula in fp64, written once more."""
+    dims = [i for i in range(v.dim()) if dim is None or i != dim % v.dim()]
+    norm = (v * v).sum(dims, keepdim=True).sqrt() if dims else v.abs()
+    if eps is not None:
+        norm = norm.clamp_min(eps)
+    return g * v / norm
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape, dim", CASES)
+def test_values_and_gradients(shape, dim, dtype, backend):
+    if backend == "triton" and dtype == torch.float16 and len(shape) != 4:
+        pytest.skip("fp16 differs from bf16 in the cast alone: one shape, with every dim, covers it")
+    v, g, dw = inputs(shape, dim, dtype)
+    exact = results(lambda v, g: composite_rows(v, g, dim, None), v.double(), g.double(), dw.double())
+    native = results(lambda v, g: torch._weight_norm(v, g, torch_dim(dim)), v, g, dw)
+    with dispatch.backend(backend):
+        ours = results(lambda v, g: function(v, g, dim), v, g, dw)
+    # the interpreter truncates where it stores bf16
+    factor = 3 if backend == "triton" and dtype == torch.bfloat16 else 2
+    for name, x, y, z in zip(("w", "dv", "dg"), ours, native, exact, strict=True):
+        assert x.dtype == dtype and x.shape == z.shape and x.is_contiguous()
+        # floor: a rounding of each of three factors (g, v, 1/norm; in dv of what is subtracted); dg is a sum that may
+        # cancel, of a size up to |dw|, in the type of computation
+        floor = 3 * torch.finfo(dtype).eps * (dw.double() if name == "dv" else z).norm()
+        if name == "dg":
+            floor += (
+                8 * torch.finfo(ours[0].dtype if dtype == torch.float64 else torch.float32).eps * dw.double().norm()
+            )
+        assert (x - z).norm() <= factor * (y - z).norm() + floor, (name, (x - z).norm())
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("shape, dim", [((3, 40), 0), ((6, 4, 3), 1), ((12, 5), 1), ((3, 8), None)])
+def test_eps_bounds_the_norm(shape, dim, backend):
+    v, g, dw = inputs(shape, dim, torch.float64)
+    v[0] *= 1e-3
+    norms = torch.norm_except_dim(v, 2, torch_dim(dim))
+    for eps in (1e-12, float(norms.flatten().median()) * 1.01):
+        exact = results(lambda v, g: composite_rows(v, g, dim, eps), v, g, dw)
+        with dispatch.backend(backend):
+            ours = results(lambda v, g: function(v, g, dim, eps), v, g, dw)
+        for x, z in zip(ours, exact, strict=True):
+            torch.testing.assert_close(x, z, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+def test_a_zero_row_is_nan_as_torchs_unless_eps(backend):
+    v, g = torch.randn(3, 4), torch.ones(3, 1)
+    v[1] = 0
+    with dispatch.backend(backend):
+        assert function(v, g).isnan().all(1).tolist() == [False, True, False]
+        v.requires_grad_()
+        w = function(v, g, eps=1e-3)
+        assert torch.equal(w[1], torch.zeros(4))
+        (dv,) = torch.autograd.grad(w.sum(), v)
+        torch.testing.assert_close(dv[1], torch.full((4,), 1e3))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("eps", [None, 1.5])
+@pytest.mark.parametrize("shape, dim", [((3, 2, 4), 0), ((3, 2, 4), 1), ((3, 2, 4), 2), ((3, 2, 4), None), ((4,), 0)])
+def test_gradcheck_and_gradgradcheck(shape, dim, eps, backend):
+    v, g, _ = inputs(shape, dim, torch.float64)
+    v, g = v.requires_grad_(), g.requires_grad_()
+    with dispatch.backend(backend):
+        assert torch.autograd.gradcheck(lambda v, g: function(v, g, dim, eps), (v, g), fast_mode=backend == "triton")
+        assert torch.autograd.gradgradcheck(lambda v, g: function(v, g, dim, eps), (v, g))
+
+
+def test_torchs_own_double_backward_is_wrong():
+    """Why the fused dims take our Function under `auto` too; when this fails, torch has been repaired."""
+    v, g, _ = inputs((3, 2, 4), 0, torch.float64)
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, 0), (v.requires_grad_(), g.requires_grad_()))
+
+
+@pytest.mark.parametrize("parts", ["sum", "apply"])
+@pytest.mark.parametrize(
+    "shape, dim", [((3, 4000), 0), ((4001,), None), ((500, 7), 1), ((50, 3, 6), 1), ((40, 2, 130), 1)]
+)
+def test_split_ranges_agree_with_whole_ones(shape, dim, parts, monkeypatch):
+    from fastnorm.ops.weight_norm import triton as kernels
+
+    for name, value in (("SPLIT_FROM", 0), ("LOOP_ELEMENTS", 512), ("HELD_ELEMENTS", 256)):
+        monkeypatch.setattr(kernels, name, value)
+    monkeypatch.setattr(kernels.launch, "processors", lambda device: 8)
+    v, g, dw = inputs(shape, dim, torch.float64)
+    exact = results(lambda v, g: composite_rows(v, g, dim, None), v, g, dw)
+    with dispatch.backend("triton"):
+        if parts == "apply":
+            ours = results(lambda v, g: function(v, g, dim), v, g, dw)
+        else:  # the length's gradient alone: the second launch merges, and writes no dv
+            g = g.requires_grad_()
+            ours = [*exact[:2], torch.autograd.grad(function(v, g, dim), g, dw)[0]]
+    for x, z in zip(ours, exact, strict=True):
+        torch.testing.assert_close(x, z, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_frozen_input_gets_no_gradient(dim, frozen, backend):
+    v, g, dw = inputs((6, 5), dim, torch.float64)
+    exact = results(lambda v, g: composite_rows(v, g, dim, None), v, g, dw)[1:]
+    leaves = [v.requires_grad_(frozen != 0), g.requires_grad_(frozen != 1)]
+    with dispatch.backend(backend):
+        function(v, g, dim).backward(dw)
+    assert leaves[frozen].grad is None
+    torch.testing.assert_close(leaves[1 - frozen].grad, exact[1 - frozen])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_any_strides(dim, backend):
+    v, g, dw = inputs((6, 5, 4), dim, torch.float64)
+    exact = results(lambda v, g: composite_rows(v, g, dim, None), v, g, dw)
+    strided = torch.empty(4, 6, 5, dtype=v.dtype).permute(1, 2, 0).copy_(v).requires_grad_()
+    with dispatch.backend(backend):
+        w = function(strided, g.requires_grad_(), dim)
+        assert w.is_contiguous()
+        gradients = torch.autograd.grad(w, (strided, g), torch.empty(5, 4, 6, dtype=v.dtype).permute(2, 0, 1).copy_(dw))
+        expanded = torch.autograd.grad(function(strided, g, dim).sum(), strided)[0]
+        assert torch.autograd.gradgradcheck(lambda v: function(v, g.detach(), dim), strided, fast_mode=True)
+    for x, z in zip((w, *gradients), exact, strict=True):
+        torch.testing.assert_close(x, z)
+    torch.testing.assert_close(expanded, results(lambda v, g: composite_rows(v, g, dim, None), v, g, dw * 0 + 1)[1])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+def test_dtypes_promote_as_torchs_middle_dim(backend):
+    for v_dtype, g_dtype in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float32, torch.half),
+    ):
+        for dim in (0, 1, 2, None):
+            v, g, _ = inputs((3, 4, 5), dim, torch.float64)
+            v, g = v.to(v_dtype), g.to(g_dtype)
+            with dispatch.backend(backend):
+                w = function(v, g, dim)
+            assert w.dtype == (v * g).dtype
+            tolerance = {"rtol": 1e-2, "atol": 1e-2} if w.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(w.double(), composite_rows(v.double(), g.double(), dim, None), **tolerance)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_ops_pass_opcheck_and_keep_norms_in_fp32(backend):
+    v, g, dw = inputs((4, 6), 0, torch.bfloat16)
+    with dispatch.backend(backend):
+        w, norm = family._forward(v, g, 0, None)
+        assert (w.dtype, norm.dtype, norm.shape) == (torch.bfloat16, torch.float32, (4, 1))
+        torch.library.opcheck(family._forward, (v, g, 0, None), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            family._backward, (v, g, norm, dw, 0, None, [True, False]), test_utils=("test_schema", "test_faketensor")
+        )
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize(
+    "shape, dim", [((0, 3), 0), ((0, 3), 1), ((4, 0), 0), ((0, 3), None), ((2, 0, 3), 1), ((0,), 0)]
+)
+def test_empty_does_not_crash(shape, dim, backend):
+    v = torch.randn(shape, requires_grad=True)
+    g = torch.ones(family.norm_shape(v, dim), requires_grad=True)
+    with dispatch.backend(backend):
+        w = function(v, g, dim)
+        w.sum().backward()
+    assert w.shape == shape and v.grad.shape == shape
+    assert torch.equal(g.grad, torch.zeros_like(g))
+
+
+def test_errors():
+    v = torch.randn(3, 4)
+    for dim in (2, -3):
+        with pytest.raises(IndexError, match="Dimension out of range"):
+            function(v, torch.ones(3, 1), dim)
+    with pytest.raises(IndexError, match="no dimensions"):
+        function(torch.tensor(1.0), torch.tensor(1.0), None)
+    with pytest.raises(TypeError):
+        function(v, torch.ones(3, 1), 0.5)
+    for g in (torch.ones(3), torch.ones(4, 1), torch.ones(()), torch.ones(1, 4)):  # torch reads out of bounds here
+        with pytest.raises(RuntimeError, match=r"expected g of shape \[3, 1\]"):
+            function(v, g, 0)
+    with pytest.raises(NotImplementedError):
+        function(v.int(), torch.ones(3, 1))
+    with pytest.raises(NotImplementedError):
+        function(v, torch.ones(3, 1, dtype=torch.complex64))
+    for eps in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="positive eps"):
+            function(v, torch.ones(3, 1), 0, eps)
+    with pytest.raises(RuntimeError, match="on meta"):
+        function(v, torch.ones(3, 1, device="meta"))
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_compiles_whole(dim, backend):
+    v, g, dw = inputs((4, 6), dim, torch.float32)
+    exact = results(lambda v, g: function(v, g, dim), v, g, dw)
+    torch.compiler.reset()
+    with dispatch.backend(backend):
+        compiled = torch.compile(lambda v, g: function(v, g, dim), fullgraph=True, backend="aot_eager")
+        for x, z in zip(results(compiled, v, g, dw), exact, strict=True):
+            torch.testing.assert_close(x, z)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_function_transforms(dim, backend):
+    v, g, dw = inputs((3, 4), dim, torch.float64)
+    with dispatch.backend(backend):
+        _, tangent = torch.func.jvp(lambda v: function(v, g, dim), (v,), (dw,))
+        (dv,) = torch.func.vjp(lambda v: function(v, g, dim), v)[1](dw)
+        jacobian = torch.func.jacrev(lambda v: function(v, g, dim))(v).reshape(12, 12)
+    torch.testing.assert_close(tangent.flatten(), jacobian @ dw.flatten())
+    torch.testing.assert_close(dv.flatten(), jacobian.T @ dw.flatten())
+
+
+# the parametrization
+
+LAYERS = [
+    (lambda: nn.Linear(5, 3), (0, 1, None, -1, -2)),
+    (lambda: nn.Conv1d(4, 6, 3), (0, 1, 2, None, -2, -3)),
+    (lambda: nn.ConvTranspose2d(4, 6, 3), (0, 1, None)),
+]
+
+
+@pytest.mark.parametrize("make, dim", [(make, dim) for make, dims in LAYERS for dim in dims])
+def test_parametrization_is_torchs(make, dim):
+    plain = make()
+    ours, theirs = (
+        weight_norm(copy.deepcopy(plain), dim=dim),
+        parametrizations.weight_norm(copy.deepcopy(plain), dim=dim),
+    )
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for x, y in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(x, y)
+    assert isinstance(ours.parametrizations.weight[0], parametrizations._WeightNorm)
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    torch.testing.assert_close(ours.weight, plain.weight)
+    with torch.no_grad():
+        theirs.parametrizations.weight.original0.mul_(2)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours.weight, 2 * plain.weight)
+    # the swap that replace_ makes of torch's instance
+    theirs.parametrizations.weight[0].__class__ = WeightNorm
+    assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_loads_old_names_and_goes_idle_when_removed():
+    with pytest.warns(FutureWarning):
+        old = torch.nn.utils.weight_norm(nn.Linear(5, 3))
+    model = nn.Sequential(weight_norm(nn.Linear(5, 3)))
+    model.load_state_dict({f"0.{key}": value for key, value in old.state_dict().items()})
+    torch.testing.assert_close(model[0].weight, old.weight)
+    remove_weight_norm(model[0])
+    assert model.load_state_dict({f"0.{k}": v for k, v in old.state_dict().items()}, strict=False).unexpected_keys == [
+        "0.weight_g",
+        "0.weight_v",
+    ]
+    pickle.loads(pickle.dumps(model))
+
+
+def test_requires_grad_deepcopy_cached_assignment_and_repr():
+    layer = nn.Linear(5, 3)
+    layer.weight.requires_grad_(False)
+    weight_norm(layer, eps=1e-12)
+    assert not any(p.requires_grad for p in layer.parametrizations.parameters())
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin.weight, layer.weight) and twin.parametrizations.weight[0].eps == 1e-12
+    assert "WeightNorm(dim=0, eps=1e-12)" in repr(twin)
+    with parametrize.cached():
+        assert layer.weight is layer.weight
+    value = torch.randn(3, 5)
+    layer.weight = value
+    torch.testing.assert_close(layer.weight, value)
+    torch.testing.assert_close(twin.weight, twin.weight)
+    weight = layer.weight.clone()
+    remove_weight_norm(layer)
+    assert type(layer) is nn.Linear and isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad
+    assert torch.equal(layer.weight, weight)
+
+
+def test_remove_leaves_the_computed_weight():
+    for remove in (remove_weight_norm, lambda m: parametrize.remove_parametrizations(m, "weight")):
+        layer = weight_norm(nn.Linear(5, 3))
+        with torch.no_grad():
+            layer.parametrizations.weight.original0.mul_(3)
+        weight = layer.weight.detach().clone()
+        remove(layer)
+        assert torch.equal(layer.weight, weight) and layer.weight.requires_grad
+        assert set(layer.state_dict()) == {"weight", "bias"}
+    remove_weight_norm(parametrizations.weight_norm(nn.Linear(5, 3)))
+    with pytest.raises(ValueError, match="weight_norm of 'weight' not found"):
+        remove_weight_norm(layer)
+    with pytest.raises(ValueError, match="not found"):
+        remove_weight_norm(parametrizations.orthogonal(nn.Linear(5, 3)))
+
+
+def test_registration_errors_leave_the_module_alone():
+    layer = nn.Linear(5, 3)
+    for error, arguments in (
+        (ValueError, {"name": "nope"}),
+        (IndexError, {"dim": 2}),
+        (IndexError, {"dim": -3}),
+        (TypeError, {"dim": "a"}),
+        (ValueError, {"eps": 0.0}),
+    ):
+        with pytest.raises(error):
+            weight_norm(layer, **arguments)
+        assert type(layer) is nn.Linear and not layer._load_state_dict_pre_hooks
+    with pytest.raises(RuntimeError):
+        weight_norm(nn.LazyLinear(3))
+    for module in (weight_norm(layer), parametrizations.orthogonal(nn.Linear(5, 3))):
+        with pytest.raises(RuntimeError, match="already has a parametrization"):
+            weight_norm(module)
+        assert len(module.parametrizations.weight) == 1
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Linear(3, 0)
+    assert weight_norm(empty).weight.shape == (0, 3)
+
+
+# data-dependent initialisation
+
+
+def normed_model(wrap=weight_norm):
+    return nn.Sequential(
+        wrap(nn.Conv2d(3, 8, 3)),
+        nn.ReLU(),
+        wrap(nn.ConvTranspose2d(8, 4, 2), dim=1),
+        nn.Flatten(),
+        wrap(nn.Linear(4 * 7 * 7, 5)),
+    )
+
+
+@pytest.mark.parametrize("wrap", [weight_norm, parametrizations.weight_norm])
+def test_initialised_layers_have_mean_zero_and_variance_one(wrap):
+    torch.manual_seed(0)
+    model, x = normed_model(wrap), torch.randn(16, 3, 8, 8) * 3 + 2
+    assert data_dependent_init_(model, x) == ["0", "2", "4"]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    for layer in model:
+        x = layer(x)
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            variance, mean = torch.var_mean(x, [i for i in range(x.dim()) if i != 1], correction=0)
+            torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
+            torch.testing.assert_close(variance, torch.ones_like(variance), atol=1e-4, rtol=0)
+            assert 0.03 < layer.parametrizations.weight.original1.std() < 0.07
+    assert x.requires_grad and model.training
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: weight_norm(nn.Linear(6, 5), dim=None),
+        lambda: weight_norm(nn.Conv1d(6, 5, 1), dim=2),
+        lambda: weight_norm(nn.ConvTranspose1d(6, 6, 1)),
+        lambda: weight_norm(nn.ConvTranspose1d(6, 6, 1, groups=2), dim=1),
+    ],
+)
+def test_one_scale_where_g_is_not_per_output_channel(make):
+    torch.manual_seed(0)
+    layer = make()
+    x = torch.randn(32, 6) if isinstance(layer, nn.Linear) else torch.randn(32, 6, 3)
+    data_dependent_init_(layer, x)
+    y = layer(x)
+    assert layer.parametrizations.weight.original0.unique().numel() == 1
+    variance, mean = torch.var_mean(y, [i for i in range(y.dim()) if i != 1], correction=0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
+    assert abs(variance.mean().item() - 1) < 1e-4
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = weight_norm(nn.Linear(4, 4, bias=False))
+        self.unused = weight_norm(nn.Linear(4, 4))
+
+    def forward(self, x, scale=1.0):
+        self.first = self.layer(x * scale)
+        return self.layer(self.first * 5)
+
+
+def test_first_call_initialises_without_bias_scale_only_and_batches_of_any_form():
+    torch.manual_seed(0)
+    model, x = Shared().eval(), torch.randn(64, 4) + 1
+    unused = model.unused.weight.clone()
+    for batch, scale in ((x, 1.0), ((x, 2.0), 2.0), ({"x": x, "scale": 3.0}, 3.0)):
+        assert data_dependent_init_(model, batch) == ["layer"]
+        model(x, scale)
+        torch.testing.assert_close(model.first.var(0, correction=0), torch.ones(4), atol=1e-4, rtol=0)
+        assert model.first.mean(0).abs().max() > 0.1
+    assert torch.equal(unused, model.unused.weight) and not model.training
+
+
+def test_a_constant_channel_is_centred_only():
+    layer = weight_norm(nn.Linear(3, 4))
+    x = torch.full((8, 3), 0.7)
+    data_dependent_init_(layer, x)
+    assert torch.equal(layer.parametrizations.weight.original0, torch.ones(4, 1))
+    torch.testing.assert_close(layer(x), torch.zeros(8, 4), atol=1e-6, rtol=0)
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        raise KeyError("later")
+
+
+@pytest.mark.parametrize("kind", ["raises", "nan"])
+def test_a_failing_call_changes_nothing(kind):
+    model = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.BatchNorm1d(4), Failing())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.randn(8, 3)
+    if kind == "nan":
+        x[0, 0] = float("nan")
+    with pytest.raises(KeyError if kind == "raises" else ValueError):
+        data_dependent_init_(model, x)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_no_initialisation_inside_cached():
+    with parametrize.cached(), pytest.raises(RuntimeError, match="cached"):
+        data_dependent_init_(weight_norm(nn.Linear(3, 4)), torch.randn(8, 3))
