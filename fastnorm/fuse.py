@@ -83,7 +83,8 @@ class _Plan:
                 owned.setdefault(owner, []).append(norm)
         for owner, norms in owned.items():
             self._plan_forward(owner, norms)
-        order = {name: position for position, name in enumerate(self.names.values())}
+        every = model.named_modules(remove_duplicate=False)
+        order = {name: position for position, (name, _) in enumerate(every)}
         self.rows.sort(key=lambda row: order[row.name])
 
     def _skip(self, norm: nn.Module, reason: str) -> None:

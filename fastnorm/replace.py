@@ -215,6 +215,9 @@ def restore_(model: nn.Module, dry_run: bool = False) -> Report:
                     (module, functools.partial(_restore_child, module, key, child, activation))
                 )
                 _plan_restore(activation, path, [], edits)
+    every = model.named_modules(remove_duplicate=False)
+    order = {name: position for position, (name, _) in enumerate(every)}
+    rows.sort(key=lambda row: order[row.name])
     if not dry_run:
         apply(edits)
     return Report(rows, dry_run)

@@ -284,8 +284,9 @@ def rewrite(fold: Fold, root: nn.Module) -> None:
             str(norm.target), (source,) if residual is None else (source, residual)
         )
     fold.last.replace_all_uses_with(fused)
-    for node in (fold.last, fold.add, norm):
-        if node is not None and not node._erased:
+    # users before what they use
+    for node in dict.fromkeys(
+        (fold.last, norm, fold.add) if before else (fold.last, fold.add, norm)
+    ):
+        if node is not None:
             graph.erase_node(node)
-    if before and fold.add is not None and not fold.add._erased:
-        graph.erase_node(fold.add)

@@ -226,6 +226,8 @@ def _unsafe_signature(forward: Any) -> str:
     """Why a forward's signature cannot be kept; empty if it can."""
     if not isinstance(forward, types.FunctionType):
         return "its forward is not a plain function"
+    if hasattr(forward, "__wrapped__"):
+        return "its forward is decorated"
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
         if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
             return f"its forward takes {str(parameter).split(':')[0]}"
@@ -258,8 +260,5 @@ def trace(module: nn.Module) -> Trace:
     finally:
         watch.running = False
         sys.setprofile(profiler)
-    refusals = [
-        *watch.refusals,
-        *(reason for code in watch.codes for reason in unsafe_source(code)),
-    ]
+    refusals = [reason for code in watch.codes for reason in unsafe_source(code)] + watch.refusals
     return Trace(graph, refusals[0] if refusals else "", tuple(watch.guards.items()))
