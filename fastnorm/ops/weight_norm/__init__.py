@@ -30,11 +30,15 @@ def normalized_dim(ndim: int, dim: int | None) -> int | None:
 
 def norm_shape(v: Tensor, dim: int | None) -> tuple[int, ...]:
     """The shape of g: v's with ones everywhere but at ``dim`` (normalised); () for the whole tensor."""
-    return () if dim is None else tuple(n if i == dim else 1 for i, n in enumerate(v.shape))
+    if dim is None:
+        return ()
+    shape = [1] * v.dim()
+    shape[dim] = v.size(dim)
+    return tuple(shape)
 
 
 def _check(v: Tensor, g: Tensor, dim: int | None) -> None:
-    if not v.is_floating_point() or not g.is_floating_point():
+    if not (v.is_floating_point() and g.is_floating_point()):
         wrong = g.dtype if v.is_floating_point() else v.dtype
         raise NotImplementedError(f'"weight_norm" not implemented for {wrong}: give floating-point tensors')
     if g.shape != norm_shape(v, dim):
@@ -115,8 +119,9 @@ def _native(v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> Tensor:
     if eps is not None or v.dtype != g.dtype or dispatch.transformed():
         return reference.composite(v, g, dim, eps)
     # its double backward takes the norm for a constant where it is fused (first and last dim): ours replaces it
-    fused = dim == 0 or dim == v.dim() - 1
-    if fused and v.device.type in ("cpu", "cuda") and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    fused = (dim == 0 or dim == v.dim() - 1) and (v.is_cpu or v.is_cuda)
+    wanted = torch.is_grad_enabled() and (v.requires_grad or g.requires_grad)
+    if fused and wanted and not torch.compiler.is_compiling():
         return _apply(v, g, dim, eps, own=False)
     return torch._weight_norm(v, g, -1 if dim is None else dim)
 

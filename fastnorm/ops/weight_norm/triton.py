@@ -17,7 +17,7 @@ from fastnorm.ops.weight_norm.triton_columns import columns_backward_kernel, col
 from fastnorm.ops.weight_norm.triton_common import APPLY, BOTH, LONG, ONE, SEVERAL, SUM
 from fastnorm.ops.weight_norm.triton_rows import rows_backward_kernel, rows_forward_kernel
 
-HELD_ELEMENTS = 8192  # of a tile that stays in registers; half in backward, which has two (v and dw)
+HELD_ELEMENTS = 8192  # of a tile that stays in registers; half in backward, which has two (v and dw), and half in loops
 LOOP_ELEMENTS = 4096  # of a tile of a loop
 SPLIT_FROM = 1 << 17  # elements: a smaller tensor takes one launch
 MAX_SPLITS = 64  # partials that every program of the second launch merges
@@ -72,7 +72,7 @@ def _columns_plan(
     group = max(1, min(block_c // B // step * step or block_c // B, K)) if B <= block_c else 1
     width = group * B
     form = ONE if B == 1 else SEVERAL if B <= block_c else LONG
-    block_a = min(triton.next_power_of_2(A), LOOP_ELEMENTS // block_c)
+    block_a = min(triton.next_power_of_2(A), max(1, held // 2 // block_c))
     groups, blocks = triton.cdiv(K, group), triton.cdiv(A, block_a)
     splits = _splits(v, groups, blocks)
     fits = splits == 1 and width <= block_c and triton.next_power_of_2(A) * block_c <= held

@@ -54,7 +54,7 @@ def columns_forward_kernel(
     first = group * width
     start = split * blocks * BLOCK_A
     inside = (column < width) & (first + column < C)
-    k = first // B + column // B
+    k = group * (width // B) + column // B
     offsets = (a.to(tl.int64) if LARGE else a)[:, None] * C + column[None, :]
     v_ptr += first
     w_ptr += first
@@ -130,7 +130,7 @@ def columns_backward_kernel(
     first = group * width
     start = split * blocks * BLOCK_A
     inside = (column < width) & (first + column < C)
-    k = first // B + column // B
+    k = group * (width // B) + column // B
     offsets = (a.to(tl.int64) if LARGE else a)[:, None] * C + column[None, :]
     v_ptr += first
     dw_ptr += first
