@@ -21,6 +21,9 @@ from fastnorm.modules.weight_norm import WeightNorm, remove_weight_norm, weight_
 from fastnorm.ops import weight_norm as family
 from fastnorm.ops.weight_norm import weight_norm as function
 
+# torch's own, from torch.func and opcheck
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
 # rows that are held and looped, columns alone, in groups and longer than a block, odd sizes, one element per norm
 SHAPES = [
     ((3, 40), (0, 1, None)),
@@ -201,7 +204,6 @@ def test_dtypes_promote_as_torchs_middle_dim(backend):
             torch.testing.assert_close(w.double(), composite_rows(v.double(), g.double(), dim, None), **tolerance)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_ops_pass_opcheck_and_keep_norms_in_fp32(backend):
     v, g, dw = inputs((4, 6), 0, torch.bfloat16)
