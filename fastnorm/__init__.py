@@ -11,5 +11,52 @@ Example:
 
 from fastnorm import functional as functional
 from fastnorm.dispatch import backend, backends, set_backend
+from fastnorm.fuse import fuse_
+from fastnorm.init import data_dependent_init_
+from fastnorm.modules import (
+    GELU,
+    SELU,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    LayerNorm,
+    MeanOnlyBatchNorm1d,
+    MeanOnlyBatchNorm2d,
+    MeanOnlyBatchNorm3d,
+    SiLU,
+    Swish,
+)
+from fastnorm.modules.weight_norm import remove_weight_norm, weight_norm
+from fastnorm.replace import replace_, restore_
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "GELU",
+    "SELU",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "LayerNorm",
+    "MeanOnlyBatchNorm1d",
+    "MeanOnlyBatchNorm2d",
+    "MeanOnlyBatchNorm3d",
+    "SiLU",
+    "Swish",
+    "backend",
+    "backends",
+    "data_dependent_init_",
+    "functional",
+    "fuse_",
+    "remove_weight_norm",
+    "replace_",
+    "restore_",
+    "set_backend",
+    "weight_norm",
+]

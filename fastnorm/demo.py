@@ -1,0 +1,329 @@
+"""The main job, shown: a ResNet trained on images of digits with torch's layers and with ours must agree."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastnorm
+
+STEPS = 3
+BATCH = 16
+SIZE = 64  # pixels a side: the digits, enlarged, so that ResNet-50's last stage is still 2 x 2
+
+# Ours may be this many times as far from fp64 as torch is. Two orders of summation differ by that much, a wrong
+# formula by far more; the floor is one rounding of fp32, for where torch happens to be exact.
+ALLOWED = 2.0
+FLOOR = 2.0**-23
+
+
+class Missing(Exception):
+    """Something that the demo needs is not installed."""
+
+
+# the model and the data
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def own_resnet() -> nn.Module:
+    """A ResNet of ten layers, for machines with neither torchvision nor transformers."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        _Block(32, 32, 1),
+        _Block(32, 64, 2),
+        _Block(64, 128, 2),
+        _Block(128, 256, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
+
+
+def build_model() -> tuple[str, nn.Module]:
+    """A ResNet for ten classes with random weights, the best known one that is installed, and where it is from."""
+    if importlib.util.find_spec("torchvision") is not None:
+        # a torchvision built for another torch is there and fails with RuntimeError when imported
+        with contextlib.suppress(ImportError, RuntimeError):
+            models = importlib.import_module("torchvision.models")
+            return "torchvision's ResNet-50", models.resnet50(num_classes=10)
+    if importlib.util.find_spec("transformers") is not None:
+        with contextlib.suppress(ImportError):
+            transformers = importlib.import_module("transformers")
+            config = transformers.ResNetConfig(num_labels=10)
+            return "transformers' ResNet-50", transformers.ResNetForImageClassification(config)
+    return "a small ResNet of our own", own_resnet()
+
+
+def digits(steps: int, batch: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """``steps`` batches of scikit-learn's handwritten digits: images [batch, 3, size, size] and labels."""
+    try:
+        datasets = importlib.import_module("sklearn.datasets")
+    except ImportError as error:
+        raise Missing(f'scikit-learn is missing: pip install "fastnorm-torch[demo]" ({error})') from error
+    images, labels = datasets.load_digits(return_X_y=True)
+    x = torch.as_tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
+    y = torch.as_tensor(labels)
+    return [(x[i * batch : (i + 1) * batch], y[i * batch : (i + 1) * batch]) for i in range(steps)]
+
+
+# training, and what is kept of it
+
+
+@dataclass
+class Training:
+    """What a few steps of one variant gave: fp64 copies of its numbers, and what they cost."""
+
+    name: str
+    losses: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
+    milliseconds: float = 0.0
+    held: int = 0  # bytes
+
+
+def _logits(output: Any) -> Tensor:
+    result: Tensor = getattr(output, "logits", output)
+    return result
+
+
+def held_for_backward(model: nn.Module, x: Tensor) -> int:
+    """Bytes that one forward keeps alive for its backward; parameters and buffers, alive anyway, are not counted."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), x]}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = _logits(model(x))  # alive until the sum is taken, so no storage is counted under a reused address
+    total = sum(storages.values())
+    del output
+    return total
+
+
+def train(
+    name: str, model: nn.Module, batches: list[tuple[Tensor, Tensor]], tick: Callable[[], None]
+) -> Training:
+    """Train by SGD with momentum, one step per batch."""
+    result = Training(name)
+    weight = next(model.parameters())
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    times = []
+    for x, y in batches:
+        x, y = x.to(weight), y.to(weight.device)
+        optimizer.zero_grad()
+        start = time.perf_counter()
+        output = _logits(model(x))
+        loss = F.cross_entropy(output, y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        result.losses.append(loss.detach().cpu().double())  # waits for the GPU
+        times.append(time.perf_counter() - start)
+        result.outputs.append(output.detach().cpu().double())
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        result.gradients.append(torch.cat(gradients).cpu().double())
+        tick()
+    result.buffers = [torch.cat([b.flatten().double() for b in model.buffers()]).cpu()]
+    result.milliseconds = 1e3 * statistics.median(times[1:] or times)
+    result.held = held_for_backward(model, batches[0][0].to(weight))
+    return result
+
+
+QUANTITIES = ("losses", "outputs", "gradients", "buffers")
+
+
+def distance(a: Training, b: Training, quantity: str) -> float:
+    """The largest relative distance of ``a`` from ``b`` over the steps, in norm."""
+    pairs = zip(getattr(a, quantity), getattr(b, quantity), strict=True)
+    return max(((x - y).norm() / y.norm().clamp_min(FLOOR)).item() for x, y in pairs)
+
+
+def largest(a: Training, b: Training, quantity: str) -> float:
+    """The largest difference of one number over the steps."""
+    pairs = zip(getattr(a, quantity), getattr(b, quantity), strict=True)
+    return max((x - y).abs().max().item() for x, y in pairs)
+
+
+def agrees(ours: float, torchs: float) -> bool:
+    """Whether a distance from fp64 is one that rounding explains, given torch's own; NaN is not."""
+    return ours <= ALLOWED * torchs + FLOOR
+
+
+# the layers alone, on kernels
+
+
+def layers() -> dict[str, Callable[[], nn.Module]]:
+    """A small layer of each family, by name."""
+    return {
+        "BatchNorm2d + SiLU": lambda: fastnorm.BatchNormAct2d(5, activation="silu"),
+        "MeanOnlyBatchNorm2d": lambda: fastnorm.MeanOnlyBatchNorm2d(5),
+        "LayerNorm + GELU": lambda: fastnorm.LayerNorm(7, activation="gelu"),
+        "weight_norm(Linear)": lambda: fastnorm.weight_norm(nn.Linear(7, 3)),
+        "GELU": fastnorm.GELU,
+        "Swish": fastnorm.Swish,
+    }
+
+
+def _numbers(build: Callable[[], nn.Module], backend: str, dtype: torch.dtype, device: str) -> Tensor:
+    """Output, every gradient and every buffer of one layer on one input, in one vector."""
+    torch.manual_seed(0)
+    layer = build().to(device, dtype)
+    x = torch.randn(4, 5, 7, 7).to(device, dtype).requires_grad_()
+    with fastnorm.backend(backend):
+        y = layer(x)
+        y.backward(torch.linspace(-1, 1, y.numel(), device=device, dtype=dtype).view_as(y))
+    tensors = [y, x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
+    return torch.cat([t.detach().double().flatten() for t in tensors if t is not None])
+
+
+def check_layers(device: str) -> bool:
+    """Run each family's Triton kernels forward and backward, and hold them to fp64 beside torch's own functions."""
+    good = True
+    print(f"{'layer':24}{'ours from fp64':>16}{'torch from fp64':>17}")
+    for name, build in layers().items():
+        exact = _numbers(build, "auto", torch.float64, device)
+        ours, torchs = (
+            ((_numbers(build, backend, torch.float32, device) - exact).norm() / exact.norm()).item()
+            for backend in ("triton", "auto")
+        )
+        fine = agrees(ours, torchs)
+        good = good and fine
+        print(f"{name:24}{ours:16.1e}{torchs:17.1e}{'' if fine else '  DIFFERS'}")
+    return good
+
+
+def check_kernels(device: str) -> bool:
+    """check_layers on the GPU, or in the interpreter, which a process must choose before its first kernel."""
+    if device == "cuda":
+        print("\nEvery family's Triton kernels on the GPU:")
+        return check_layers(device)
+    if importlib.util.find_spec("triton") is None:
+        print("\nTriton is not installed here: its kernels are not shown. pip install triton")
+        return True
+    print("\nEvery family's Triton kernels, interpreted on the CPU:", flush=True)
+    command = [sys.executable, "-m", "fastnorm", "demo", "--layers"]
+    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode == 0
+
+
+# the demo
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm
+    except ImportError as error:
+        raise Missing(f'tqdm is missing: pip install "fastnorm-torch[demo]" ({error})') from error
+    with tqdm(total=total, unit="step") as bar:
+
+        def tick(name: str) -> None:
+            bar.set_description(name)
+            bar.update()
+
+        yield tick
+
+
+def variants(model: nn.Module, device: str) -> dict[str, tuple[nn.Module, str]]:
+    """What is trained: name -> (a copy of the model, the backend it runs on)."""
+    fast = copy.deepcopy(model)
+    print(fastnorm.replace_(fast), end="\n\n")
+    print(fastnorm.fuse_(fast), end="\n\n", flush=True)
+    result = {
+        "fp64": (copy.deepcopy(model).double(), "auto"),
+        "torch": (copy.deepcopy(model), "auto"),
+        "fastnorm": (fast, "auto"),
+    }
+    if device == "cpu":
+        # auto is torch's own function here: this one runs our ops, our Functions and our backward formulas
+        result["fastnorm, its own ops"] = (copy.deepcopy(fast), "reference")
+    return result
+
+
+def compare(found: dict[str, Training]) -> bool:
+    """Print the table, and tell whether every variant of ours is as close to fp64 as torch is."""
+    exact, plain = found["fp64"], found["torch"]
+    heads = [f"{quantity:>11}" for quantity in QUANTITIES]
+    print(f"\n{'largest difference':24}{''.join(heads)}{'ms/step':>10}{'MiB held':>10}")
+    good = True
+    for name, training in found.items():
+        if training is exact:
+            continue
+        row = "".join(f"{largest(training, plain, quantity):11.1e}" for quantity in QUANTITIES)
+        wrong = [
+            quantity
+            for quantity in QUANTITIES
+            if not agrees(distance(training, exact, quantity), distance(plain, exact, quantity))
+        ]
+        good = good and not wrong
+        cost = f"{training.milliseconds:10.0f}{training.held / 2**20:10.1f}"
+        print(f"{name:24}{row}{cost}" + (f"  DIFFERS: {', '.join(wrong)}" if wrong else ""))
+    return good
+
+
+def run(steps: int = STEPS, batch: int = BATCH, size: int = SIZE) -> bool:
+    """Train the same steps with torch's layers and with ours; print what they gave; tell whether they agree."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batches = digits(steps, batch, size)
+    torch.manual_seed(0)
+    source, model = build_model()
+    print(f"{source}, {steps} steps on {batch} handwritten digits of {size} x {size}, on {device}\n")
+    trained = variants(model.to(device), device)
+    found = {}
+    with _progress(steps * len(trained)) as tick:
+        for name, (variant, backend) in trained.items():
+            with fastnorm.backend(backend):
+                found[name] = train(name, variant, batches, lambda name=name: tick(name))  # type: ignore[misc]
+    same = compare(found)
+    if device == "cpu":
+        print("(on a CPU, fastnorm alone is torch's own functions: `its own ops` are what is compared)")
+    kernels = check_kernels(device)
+    print("\nThey agree." if same and kernels else "\nThey DIFFER: see above.")
+    return same and kernels
+
+
+def main(only_layers: bool = False) -> int:
+    """``python -m fastnorm demo``: 0 if all agree, 1 if not, 2 if something is not installed."""
+    try:
+        return 0 if (check_layers("cpu") if only_layers else run()) else 1
+    except Missing as error:
+        print(error, file=sys.stderr)
+        return 2
