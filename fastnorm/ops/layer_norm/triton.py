@@ -17,13 +17,13 @@ from fastnorm.ops.activation.triton import ACTIVATIONS
 from fastnorm.ops.layer_norm.triton_backward import backward_kernel, backward_ticket_kernel, finalize_kernel
 from fastnorm.ops.layer_norm.triton_forward import normalize_kernel, normalize_long_kernel, normalize_ticket_kernel
 
-# Columns up to which a row lives in registers (a quarter of them in fp64): forward 32 elements a thread; backward keeps x, dy
-# and the gradients of the parameters, which spill beyond 8k.
+# Columns up to which a row lives in registers: forward 32 elements a thread; backward keeps x, dy and the gradients of
+# the parameters. See _in_registers for what halves them.
 FORWARD_COLS, BACKWARD_COLS = 16384, 8192
 # Read transposed (rows adjacent), a tile has at least 16 rows: what that leaves of columns in registers.
 FORWARD_TRANSPOSED_COLS, BACKWARD_TRANSPOSED_COLS = 1024, 256
 SHARED_ROW = 65536  # columns from which several programs share a row, where there are fewer rows than processors
-BLOCK, CHUNK = 4096, 16384
+BLOCK, CHUNK, BACKWARD_BLOCK = 4096, 16384, 1024
 GROUP, GROUP_BYTES = 16, 16 << 20  # rows per arrival counter; beyond these bytes a group does not stay in L2
 
 
@@ -47,6 +47,8 @@ def _views(dims: int, transposed_cols: int, *tensors: Tensor) -> list[Tensor]:
     views = layout.rows(dims, *tensors)
     if views is not None:
         cols = views[0].size(2)
+        if tensors[0].dtype == torch.float64:
+            transposed_cols = 0
         in_place = [
             view.stride(2) == 1 or cols == 1 or (_transposed(view) and cols <= transposed_cols) for view in views
         ]
@@ -95,8 +97,11 @@ def _parameter(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
-def _in_registers(x: Tensor, cols: int) -> int:
-    return cols // 4 if x.dtype == torch.float64 else cols
+def _in_registers(x: Tensor, N: int, cols: int, light: bool = True) -> bool:
+    """Whether rows stay in registers: of `cols` columns, half where an access or an activation takes registers too."""
+    if x.dtype == torch.float64:
+        cols //= 4
+    return N <= (cols if light and N % max(1, 16 // x.element_size()) == 0 else cols // 2)
 
 
 def _tile(N: int, thread: int, transposed: bool, warps: int) -> dict[str, int]:
@@ -129,7 +134,7 @@ def layer_norm_forward(
     weight, bias = _parameter(weight), _parameter(bias)
     constants = _constants(x, VALUE=ACTIVATIONS[activation][0])
     inputs = (x,) if residual is None else (x, residual)
-    if N > _in_registers(x, FORWARD_COLS):
+    if not _in_registers(x, N, FORWARD_COLS):
         _forward_long(inputs, weight, bias, eps, y, mean, rstd, total, M, N, dims, constants)
         return
     views = _views(dims, FORWARD_TRANSPOSED_COLS if residual is None else 0, *inputs)
@@ -156,7 +161,7 @@ def _forward_long(
     outputs = (y, total, mean, rstd)
     operands = (views[0], None if len(views) == 1 else views[1], weight, bias)
     strides = (views[0].stride(1) // align, views[-1].stride(1) // align)
-    constants = dict(constants, COL_ALIGN=align, BLOCK=BLOCK, num_warps=8)
+    constants = dict(constants, COL_ALIGN=align, BLOCK=BLOCK // 2 if y.dtype == torch.float64 else BLOCK, num_warps=8)
     processors = launch.processors(y.device)
     if N < SHARED_ROW or M >= processors:
         normalize_long_kernel[(M,)](*outputs, *operands, *split(eps), N // align, *strides, **constants)
@@ -196,7 +201,8 @@ def layer_norm_backward(
     slope = None if activation == "identity" else ACTIVATIONS[activation][1]
     operands = (dsum, _parameter(weight), None if slope is None else _parameter(bias), mean, rstd)
     constants = _constants(x, SLOPE=slope)
-    launched = _backward_short if N <= _in_registers(x, BACKWARD_COLS) else _backward_long
+    resident = _in_registers(x, N, BACKWARD_COLS, light=slope is None and x.element_size() == 2)
+    launched = _backward_short if resident else _backward_long
     parts = launched(x, dy, operands, dims, dx, dweight is not None, dbias is not None, M, N, constants)
     if parts is None:
         return
@@ -230,8 +236,9 @@ def _backward_short(
     views = _views(dims, BACKWARD_TRANSPOSED_COLS, x, dy)
     B, S, _ = views[0].shape
     row_align, col_align = _align(views)
-    thread = 4 if x.dtype == torch.float64 else 8
-    tile = _tile(N, thread, any(_transposed(view) for view in views), 16)
+    transposed = any(_transposed(view) for view in views)
+    thread = 16 if transposed else 4 if col_align * x.element_size() < 16 or x.dtype == torch.float64 else 8
+    tile = _tile(N, thread, transposed, 8 if transposed else 16)
     tiles = triton.cdiv(S, tile["ROWS"])
     programs = min(_programs(M, N, launch.processors(x.device)), B * tiles)
     parts, dweight, dbias = _parts(operands[-1], programs, N, wants_weight, wants_bias)
@@ -240,7 +247,7 @@ def _backward_short(
         *_strides(views[0], row_align, col_align), *_strides(views[1], row_align, col_align), programs,
         ROW_ALIGN=row_align, COL_ALIGN=col_align,
         X_TRANSPOSED=_transposed(views[0]), DY_TRANSPOSED=_transposed(views[1]),
-        PREFETCH=N <= BACKWARD_COLS // 2, **tile, **constants,
+        PREFETCH=_in_registers(x, N, BACKWARD_COLS // 2), **tile, **constants,
     )  # fmt: skip
     return parts
 
@@ -251,7 +258,7 @@ def _backward_long(
 ) -> Tensor | None:  # fmt: skip
     views = _flat(dims, x, dy)
     _, align = _align(views)
-    block = 512 if x.dtype == torch.float64 else 1024
+    block = BACKWARD_BLOCK // 2 if x.dtype == torch.float64 else BACKWARD_BLOCK
     chunks, groups = triton.cdiv(N, block), triton.cdiv(M, GROUP)
     span = 1 if GROUP * N * (x.element_size() + dy.element_size()) <= GROUP_BYTES else groups
     lag = chunks - 1 + launch.processors(x.device) // 2
@@ -262,7 +269,7 @@ def _backward_long(
     backward_ticket_kernel[(programs,)](
         dx, dweight, dbias, *views, *operands, partial, means, launch.counters(x, 2 + groups),
         M, N // align, *(view.stride(1) // align for view in views), chunks, groups, span, lag, programs,
-        COL_ALIGN=align, GROUP=GROUP, ROWS=4, BLOCK=block, PARTS=128, num_warps=8, **constants,
+        COL_ALIGN=align, GROUP=GROUP, ROWS=2, BLOCK=block, PARTS=128, num_warps=8, **constants,
     )  # fmt: skip
     return parts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastnorm.ops.layer_norm.triton_forward import leave_zero, shifted_pointer, tile_offsets
+from fastnorm.ops.layer_norm.triton_forward import leave_zero, shifted_pointer, tile_pointers
 
 SIZES = ["B", "S", "N", "tiles", "x_batch", "x_row", "x_col", "dy_batch", "dy_row", "dy_col", "programs"]
 LONG_SIZES = ["M", "N", "x_row", "dy_row", "dsum_row", "chunks", "groups", "span", "lag", "programs"]
@@ -94,20 +94,20 @@ def backward_kernel(
     first = (tl.program_id(0) % tiles).to(tl.int64) * ROWS
     inside = (first + row < S)[:, None] & col_inside[None, :]
     if PREFETCH:
-        x_at = tile_offsets(batch, first, row, col, x_batch, x_row, x_col, X_TRANSPOSED)
-        dy_at = tile_offsets(batch, first, row, col, dy_batch, dy_row, dy_col, DY_TRANSPOSED)
-        x = tl.load(x_ptr + x_at, mask=inside, other=0.0)
-        dy = tl.load(dy_ptr + dy_at, mask=inside, other=0.0)
+        x_at = tile_pointers(x_ptr, batch, first, row, col, x_batch, x_row, x_col, ROWS, X_TRANSPOSED)
+        dy_at = tile_pointers(dy_ptr, batch, first, row, col, dy_batch, dy_row, dy_col, ROWS, DY_TRANSPOSED)
+        x = tl.load(x_at, mask=inside, other=0.0)
+        dy = tl.load(dy_at, mask=inside, other=0.0)
     weight = column(weight_ptr, col, col_inside, 1.0, WIDE)
     if SLOPE is not None:
         bias = column(bias_ptr, col, col_inside, 0.0, WIDE)
     for tile in range(tl.program_id(0), B * tiles, programs):
         if not PREFETCH:
-            x_at = tile_offsets(batch, first, row, col, x_batch, x_row, x_col, X_TRANSPOSED)
-            dy_at = tile_offsets(batch, first, row, col, dy_batch, dy_row, dy_col, DY_TRANSPOSED)
-            x = tl.load(x_ptr + x_at, mask=inside, other=0.0)
-            dy = tl.load(dy_ptr + dy_at, mask=inside, other=0.0)
-        at = (batch * S + first) * N + row[:, None].to(tl.int64) * N + col[None, :]
+            x_at = tile_pointers(x_ptr, batch, first, row, col, x_batch, x_row, x_col, ROWS, X_TRANSPOSED)
+            dy_at = tile_pointers(dy_ptr, batch, first, row, col, dy_batch, dy_row, dy_col, ROWS, DY_TRANSPOSED)
+            x = tl.load(x_at, mask=inside, other=0.0)
+            dy = tl.load(dy_at, mask=inside, other=0.0)
+        done_batch, done_first = batch, first
         mean = tl.load(mean_ptr + batch * S + first + row, mask=first + row < S, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + batch * S + first + row, mask=first + row < S, other=0.0)[:, None]
         here = inside
@@ -118,10 +118,10 @@ def backward_kernel(
         first = (following % tiles).to(tl.int64) * ROWS
         inside = (first + row < tl.where(batch < B, S, 0))[:, None] & col_inside[None, :]
         if PREFETCH:  # the next rows are under way while these are worked on
-            x_at = tile_offsets(batch, first, row, col, x_batch, x_row, x_col, X_TRANSPOSED)
-            dy_at = tile_offsets(batch, first, row, col, dy_batch, dy_row, dy_col, DY_TRANSPOSED)
-            x = tl.load(x_ptr + x_at, mask=inside, other=0.0)
-            dy = tl.load(dy_ptr + dy_at, mask=inside, other=0.0)
+            x_at = tile_pointers(x_ptr, batch, first, row, col, x_batch, x_row, x_col, ROWS, X_TRANSPOSED)
+            dy_at = tile_pointers(dy_ptr, batch, first, row, col, dy_batch, dy_row, dy_col, ROWS, DY_TRANSPOSED)
+            x = tl.load(x_at, mask=inside, other=0.0)
+            dy = tl.load(dy_at, mask=inside, other=0.0)
         if not PREFETCH:  # the longest rows: registers are for the gradients, parameters come from L1 again
             weight = column(weight_ptr, col, col_inside, 1.0, WIDE)
             if SLOPE is not None:
@@ -138,8 +138,12 @@ def backward_kernel(
             m2 = tl.sum(g * x_hat, axis=1) / n
             dx = rstd * (g - m1[:, None] - x_hat * m2[:, None])
             if dsum_ptr is not None:
-                dx += tl.load(dsum_ptr + at, mask=here, other=0.0).to(WIDE)
-            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=here)
+                dsum_at = tile_pointers(
+                    dsum_ptr, done_batch, done_first, row, col, S.to(tl.int64) * N, N, 1, ROWS, False
+                )
+                dx += tl.load(dsum_at, mask=here, other=0.0).to(WIDE)
+            dx_at = tile_pointers(dx_ptr, done_batch, done_first, row, col, S.to(tl.int64) * N, N, 1, ROWS, False)
+            tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=here)
     store_partial(dweight_ptr, tl.program_id(0), N, col, dweight)
     store_partial(dbias_ptr, tl.program_id(0), N, col, dbias)
 

@@ -14,11 +14,15 @@ LONG_SIZES = ["M", "N", "x_row", "residual_row", "chunks", "lag", "programs"]
 
 
 @triton.jit
-def tile_offsets(batch, first, row, col, batch_stride, row_stride, col_stride, TRANSPOSED: tl.constexpr):
-    """Where a tile [ROWS, COLS] lies: its base in int64, columns adjacent or (TRANSPOSED) rows adjacent."""
-    base = batch * batch_stride
+def tile_pointers(
+    ptr, batch, first, row, col, batch_stride, row_stride, col_stride, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """A tile [ROWS, COLS]: its base in int64, columns adjacent or (TRANSPOSED) rows adjacent."""
+    base = ptr + batch * batch_stride
     if TRANSPOSED:
         return base + first + row[:, None] + col[None, :].to(tl.int64) * col_stride
+    elif ROWS == 1:  # one address for the row: the columns are then constants apart, and cost no registers
+        return base + first * row_stride + col[None, :]
     else:
         return base + first * row_stride + row[:, None].to(tl.int64) * row_stride + col[None, :]
 
@@ -98,7 +102,10 @@ def chunk_statistics(x_ptr, residual_ptr, sum_ptr, length, BLOCK: tl.constexpr, 
     mean += tl.where(inside, delta / (seen + 1.0), 0.0)
     m2 += tl.where(inside, delta * (v.to(WIDE) - mean), 0.0)
     count = seen + inside.to(WIDE)
-    whole = tl.sum(mean * count) / length.to(WIDE)
+    # the lanes' means are summed as differences from one of about their size: at mean 1e4 their sum would lose digits
+    used = count > 0
+    pivot = tl.sum(tl.where(used, mean, 0.0)) / tl.sum(used.to(WIDE))
+    whole = pivot + tl.sum((mean - pivot) * count) / length.to(WIDE)
     return whole, tl.sum(m2 + count * (mean - whole) * (mean - whole))
 
 
@@ -136,12 +143,14 @@ def normalize_chunk(
 def merge_chunks(partial_ptr, chunks, N, CHUNK: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr):
     """Chan's merge of the (mean, m2) of a row's chunks, always in the same order."""
     part = tl.arange(0, PARTS)
+    pivot = tl.load(partial_ptr)
     total = tl.zeros((PARTS,), WIDE)
     for start in range(0, chunks, PARTS):
         k = start + part
         count = tl.minimum(N - k.to(tl.int64) * CHUNK, CHUNK).to(WIDE)
-        total += tl.where(k < chunks, tl.load(partial_ptr + k * 2, mask=k < chunks, other=0.0) * count, 0.0)
-    mean = tl.sum(total) / N.to(WIDE)
+        delta = tl.load(partial_ptr + k * 2, mask=k < chunks, other=0.0) - pivot
+        total += tl.where(k < chunks, delta * count, 0.0)
+    mean = pivot + tl.sum(total) / N.to(WIDE)
     m2 = tl.zeros((PARTS,), WIDE)
     for start in range(0, chunks, PARTS):
         k = start + part
@@ -203,18 +212,17 @@ def normalize_kernel(
     col = tl.arange(0, COLS)
     row_inside = first + row < S
     inside = row_inside[:, None] & (col < N)[None, :]
-    x_at = tile_offsets(
-        batch, first, row, col, x_batch * STRIDE_ALIGN, x_row * COL_ALIGN, x_col * ROW_ALIGN, TRANSPOSED
+    x_ptr = tile_pointers(
+        x_ptr, batch, first, row, col, x_batch * STRIDE_ALIGN, x_row * COL_ALIGN, x_col * ROW_ALIGN, ROWS, TRANSPOSED
     )
-    y_at = ((batch * S + first) * N) + row[:, None].to(tl.int64) * N + col[None, :]
-    v = tl.load(x_ptr + x_at, mask=inside, other=0.0)
+    v = tl.load(x_ptr, mask=inside, other=0.0)
     if residual_ptr is not None:
-        residual_at = tile_offsets(
-            batch, first, row, col, residual_batch * COL_ALIGN, residual_row * COL_ALIGN, 1, False
+        residual_ptr = tile_pointers(
+            residual_ptr, batch, first, row, col, residual_batch * COL_ALIGN, residual_row * COL_ALIGN, 1, ROWS, False
         )
-        v = added(v, residual_ptr + residual_at, inside, WIDE)
+        v = added(v, residual_ptr, inside, WIDE)
         if sum_ptr is not None:
-            tl.store(sum_ptr + y_at, v, mask=inside)
+            tl.store(tile_pointers(sum_ptr, batch, first, row, col, S.to(tl.int64) * N, N, 1, ROWS, False), v, mask=inside)
     v = v.to(WIDE)
     n = N.to(WIDE)
     mean = tl.sum(v, axis=1) / n
@@ -228,7 +236,8 @@ def normalize_kernel(
     z = affine(
         centred * rstd[:, None], shifted_pointer(weight_ptr, at), shifted_pointer(bias_ptr, at), col_inside, WIDE
     )
-    tl.store(y_ptr + y_at, VALUE(z).to(y_ptr.dtype.element_ty), mask=inside)
+    y = VALUE(z).to(y_ptr.dtype.element_ty)
+    tl.store(tile_pointers(y_ptr, batch, first, row, col, S.to(tl.int64) * N, N, 1, ROWS, False), y, mask=inside)
 
 
 @triton.jit(do_not_specialize=LONG_SIZES)
