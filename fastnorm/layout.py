@@ -94,3 +94,11 @@ def rows(dims: int, *tensors: Tensor) -> list[Tensor] | None:
         if len(views) == len(tensors):
             return views
     return None
+
+
+def canonical(x: Tensor) -> bool:
+    """Whether dense x of [N, C, ...] is, as planes, [N, C, S] or [N, S, C] in memory."""
+    if x.is_contiguous():
+        return True
+    last = x.movedim(1, -1)
+    return last.is_contiguous()

@@ -40,7 +40,7 @@ def _backward_outputs(x: Tensor, dy: Tensor, name: str) -> Tensor:
     return torch.empty_like(x)
 
 
-def _inplace_outputs(x: Tensor, name: str) -> None:
+def _inplace_outputs(x: Tensor, y: Tensor, name: str) -> None:
     return None
 
 
@@ -56,7 +56,7 @@ def _swish_forward_outputs(x: Tensor, beta: Tensor) -> Tensor:
 
 _forward = register("activation", "activation_forward", "(Tensor x, str name) -> Tensor", _forward_outputs)
 _backward = register("activation", "activation_backward", "(Tensor x, Tensor dy, str name) -> Tensor", _backward_outputs)
-_forward_ = register("activation", "activation_forward_", "(Tensor(a!) x, str name) -> ()", _inplace_outputs)
+_forward_ = register("activation", "activation_forward_", "(Tensor x, Tensor(a!) y, str name) -> ()", _inplace_outputs)
 _swish_forward = register("activation", "swish_forward", "(Tensor x, Tensor beta) -> Tensor", _swish_forward_outputs)
 _swish_backward = register(
     "activation",
@@ -70,26 +70,35 @@ class ActivationFunction(torch.autograd.Function):
     """y = activation(x); saves x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, name: str, inplace: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
         ctx.name = name
-        needed: bool = ctx.needs_input_grad[0]
-        if inplace:
-            ctx.mark_dirty(x)
-            ctx.save_for_backward(x.clone() if needed else None)
-            _forward_(x, name)
-            return x
-        x = layout.dense(x)
-        ctx.save_for_backward(x if needed else None)
+        ctx.save_for_backward(x)
         y: Tensor = _forward(x, name)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            composite = reference.ACTIVATIONS[ctx.name].value
-            return *differentiable_backward(composite, (x,), dy), None, None  # type: ignore[return-value]
-        return _backward(x, layout.match(dy, x), ctx.name), None, None
+            return *differentiable_backward(reference.ACTIVATIONS[ctx.name].value, (x,), dy), None
+        return _backward(x, layout.match(dy, x), ctx.name), None
+
+
+class InplaceActivationFunction(torch.autograd.Function):
+    """y = activation(x), written over ``target``, of which x is a copy that autograd knows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        ctx.mark_dirty(target)
+        ctx.save_for_backward(x)
+        _forward_(x, target, name)
+        return target
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, _ = ActivationFunction.backward(ctx, dy)
+        return dx, None, None
 
 
 class SwishFunction(torch.autograd.Function):
@@ -97,7 +106,6 @@ class SwishFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, beta: Tensor) -> Tensor:
-        x = layout.dense(x)
         ctx.save_for_backward(x, beta)
         y: Tensor = _swish_forward(x, beta)
         return y
@@ -147,8 +155,16 @@ def _activation(input: Tensor, name: str, inplace: bool = False) -> Tensor:
         y = reference.ACTIVATIONS[name].value(input)
         return input.copy_(y) if inplace else y
     _check_dtype(input, name)
-    result: Tensor = ActivationFunction.apply(input, name, inplace)  # type: ignore[no-untyped-call]
-    return result
+    # copied outside the Function, where autograd sees it: what a Function saves must be what it was given
+    if not inplace:
+        return ActivationFunction.apply(layout.dense(input), name)  # type: ignore[no-any-return,no-untyped-call]
+    if torch.is_grad_enabled() and input.requires_grad:
+        if input.is_leaf:
+            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+        return InplaceActivationFunction.apply(input.clone(), input, name)  # type: ignore[no-any-return,no-untyped-call]
+    with torch.no_grad():
+        _forward_(input, input, name)
+    return input
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -278,5 +294,8 @@ def swish(input: Tensor, beta: Tensor | float = 1.0) -> Tensor:
         raise RuntimeError(f"input is on {input.device}, beta on {beta.device}: expected both on the same device")
     if dispatch.native("activation", input):
         return reference.swish(input, beta)
-    result: Tensor = SwishFunction.apply(input, beta)  # type: ignore[no-untyped-call]
+    x = layout.dense(input)
+    if beta.numel() > 1 and not layout.canonical(x):
+        x = x.contiguous()
+    result: Tensor = SwishFunction.apply(x, beta)  # type: ignore[no-untyped-call]
     return result

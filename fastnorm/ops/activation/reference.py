@@ -59,8 +59,8 @@ def activation_forward(x: Tensor, name: str) -> Tensor:
     return ACTIVATIONS[name].value(x)
 
 
-def activation_forward_(x: Tensor, name: str) -> None:
-    x.copy_(ACTIVATIONS[name].value(x))
+def activation_forward_(x: Tensor, y: Tensor, name: str) -> None:
+    y.copy_(ACTIVATIONS[name].value(x))
 
 
 def activation_backward(x: Tensor, dy: Tensor, name: str) -> Tensor:

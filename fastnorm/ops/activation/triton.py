@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastnorm import layout
 from fastnorm.ops import launch
 from fastnorm.ops.activation.triton_elementwise import backward_kernel, forward_kernel
 from fastnorm.ops.activation.triton_swish import swish_backward_kernel, swish_forward_kernel
@@ -32,8 +33,14 @@ def activation_forward(x: Tensor, name: str, y: Tensor) -> None:
         forward_kernel[grid](y, x, x.numel(), VALUE=ACTIVATIONS[name][0], **constants)
 
 
-def activation_forward_(x: Tensor, name: str) -> None:
-    activation_forward(x, name, x)
+def activation_forward_(x: Tensor, y: Tensor, name: str) -> None:
+    if x.stride() == y.stride() and torch.ops.aten.is_non_overlapping_and_dense(y):
+        activation_forward(x, name, y)
+    else:
+        compact = layout.dense(x)
+        result = torch.empty_like(compact)
+        activation_forward(compact, name, result)
+        y.copy_(result)
 
 
 def activation_backward(x: Tensor, dy: Tensor, name: str, dx: Tensor) -> None:

@@ -17,13 +17,21 @@ def expm1(z):
 
 
 @triton.jit
+def sigmoids(z):
+    """(sigmoid(z), sigmoid(-z)) from one exp; 1 - s would cancel where s is near 1."""
+    e = tl.exp(-z)
+    s = 1.0 / (1.0 + e)
+    return s, tl.where(z > 0.0, e * s, 1.0 - s)
+
+
+@triton.jit
 def identity(z):
     return z
 
 
 @triton.jit
 def identity_slope(z):
-    return z * 0.0 + 1.0
+    return tl.where(z == z, 1.0, 1.0)
 
 
 @triton.jit
@@ -53,7 +61,7 @@ def leaky_relu(z):
 
 @triton.jit
 def leaky_relu_slope(z):
-    return tl.where(z > 0.0, 1.0, 0.01)
+    return tl.where(z > 0.0, 1.0, tl.full([], 0.01, z.dtype))
 
 
 @triton.jit
@@ -99,8 +107,8 @@ def gelu_tanh(z):
 
 @triton.jit
 def gelu_tanh_slope(z):
-    s = tl.sigmoid(1.5957691216057307117 * (z + 0.044715 * z * z * z))
-    return s + z * s * (1.0 - s) * (1.5957691216057307117 * (1.0 + 0.134145 * z * z))
+    s, rest = sigmoids(1.5957691216057307117 * (z + 0.044715 * z * z * z))
+    return s + z * s * rest * (1.5957691216057307117 * (1.0 + 0.134145 * z * z))
 
 
 @triton.jit
@@ -110,8 +118,8 @@ def gelu_sigmoid(z):
 
 @triton.jit
 def gelu_sigmoid_slope(z):
-    s = tl.sigmoid(1.702 * z)
-    return s * (1.0 + 1.702 * z * (1.0 - s))
+    s, rest = sigmoids(1.702 * z)
+    return s * (1.0 + 1.702 * z * rest)
 
 
 @triton.jit
@@ -121,8 +129,8 @@ def silu(z):
 
 @triton.jit
 def silu_slope(z):
-    s = tl.sigmoid(z)
-    return s * (1.0 + z * (1.0 - s))
+    s, rest = sigmoids(z)
+    return s * (1.0 + z * rest)
 
 
 @triton.jit
@@ -171,8 +179,8 @@ def sigmoid(z):
 
 @triton.jit
 def sigmoid_slope(z):
-    s = tl.sigmoid(z)
-    return s * (1.0 - s)
+    s, rest = sigmoids(z)
+    return s * rest
 
 
 # the one list of activations of this language: name -> (value, slope)
