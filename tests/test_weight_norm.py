@@ -21,8 +21,11 @@ from fastnorm.modules.weight_norm import WeightNorm, remove_weight_norm, weight_
 from fastnorm.ops import weight_norm as family
 from fastnorm.ops.weight_norm import weight_norm as function
 
-# torch's own, from torch.func and opcheck
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+# torch's own: from torch.func and opcheck; from Dynamo, of every autograd Function
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 
 # rows that are held and looped, columns alone, in groups and longer than a block, odd sizes, one element per norm
 SHAPES = [
