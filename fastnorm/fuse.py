@@ -19,10 +19,10 @@ from fastnorm.surgery.edits import (
     title,
     untouchable,
 )
-from fastnorm.surgery.folding import activation_of, hooked, match, rewrite
+from fastnorm.surgery.folding import Fold, activation_of, hooked, match, rewrite
 from fastnorm.surgery.forward import FusedForward, code_of
 from fastnorm.surgery.report import Report, Row
-from fastnorm.surgery.tracing import Trace, trace
+from fastnorm.surgery.tracing import Guard, Trace, trace
 
 _NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: batch_norm.BatchNormAct1d,
@@ -45,12 +45,17 @@ def _container(module: nn.Module) -> bool:
     return type(module).forward is nn.Module.forward and "forward" not in module.__dict__
 
 
+def _attribute(norm: nn.Module, name: str) -> str | None:
+    """The attribute `activation` of a fused norm."""
+    return None if name == "identity" and isinstance(norm, nn.LayerNorm) else name
+
+
 def _put(parent: nn.Module, key: str, child: nn.Module) -> None:
     parent._modules[key] = child
 
 
 class _Plan:
-    """Everything that fuse_ would change in a model and everything it leaves, found without touching the model."""
+    """What fuse_ would change in a model and what it leaves alone; planning touches nothing."""
 
     def __init__(self, model: nn.Module, wanted: Filter | None) -> None:
         self.rows: list[Row] = []
@@ -101,7 +106,7 @@ class _Plan:
         return "" if places == 1 else f"shared by {places} places of the model"
 
     def _owner(self, module: nn.Module, passes: Callable[[nn.Module], bool]) -> nn.Module | None:
-        """The module whose forward calls the children of a module; None if there is no single one."""
+        """The module whose forward calls a module's children; None if there is no single one."""
         while passes(module):
             above = self.parents.get(module, ())
             if len(above) != 1:
@@ -115,10 +120,8 @@ class _Plan:
         return self.traces[owner]
 
     def _fold(self, norm: nn.Module, name: str, residual: bool) -> None:
-        cls = _NORMS[type(norm)]
-        attributes = (
-            {} if name == "identity" and cls is layer_norm.LayerNorm else {"activation": name}
-        )
+        cls, value = _NORMS[type(norm)], _attribute(norm, name)
+        attributes = {} if value is None else {"activation": value}
         folded = ", ".join((*attributes.values(), *(["residual"] if residual else [])))
         self.rows.append(Row(self.names[norm], title(type(norm)), f"{title(cls)}({folded})"))
         self.edits.append((norm, functools.partial(swap, norm, cls, **attributes)))
@@ -143,10 +146,12 @@ class _Plan:
         self.edits.append((parent, functools.partial(_put, parent, keys[position], identity)))
 
     def _tapped(self, norm: nn.Module, following: nn.Module, parent: nn.Module) -> bool:
-        """Whether a forward above a Sequential calls its norm by itself and does not hand on to the activation."""
+        """Whether a forward above a Sequential calls its norm, and not only for the activation."""
         owner = self._owner(parent, lambda module: _container(module) or _plain_sequential(module))
         graph = None if owner is None else self._trace(owner).graph
-        for node in [] if graph is None or owner is None else graph.nodes:
+        if owner is None or graph is None:
+            return False
+        for node in graph.nodes:
             if node.op == "call_module" and owner.get_submodule(node.target) is norm:
                 users = [user for user in node.users if user.op == "call_module"]
                 if (
@@ -157,65 +162,73 @@ class _Plan:
                     return True
         return False
 
+    def _closed(self, owner: nn.Module) -> str:
+        """Why the forward of a module cannot be replaced; empty if it can."""
+        kind = type(owner).__name__
+        bound = owner.__dict__.get("forward")
+        if isinstance(bound, FusedForward):
+            return f"the forward of its parent ({kind}) is fused: restore_ first to fuse more"
+        if bound is not None:
+            return f"a forward is bound to its parent ({kind})"
+        refusal = self._trace(owner).refusal
+        return f"{kind}: {refusal}" if refusal else ""
+
     def _plan_forward(self, owner: nn.Module, norms: list[nn.Module]) -> None:
         """The norms that one forward calls: a new forward if anything can be folded."""
-        kind = type(owner).__name__
-        if "forward" in owner.__dict__:
-            ours = isinstance(owner.__dict__["forward"], FusedForward)
-            reason = (
-                "is fused already: restore_ first to fuse more"
-                if ours
-                else "is bound to the instance"
-            )
+        kind, reason = type(owner).__name__, self._closed(owner)
+        graph = None if reason else self._trace(owner).graph
+        if graph is None:
             for norm in norms:
-                self._skip(norm, f"the forward of its parent ({kind}) {reason}")
+                self._skip(norm, reason)
             return
-        graph, refusal, guards = self._trace(owner)
-        if graph is None or refusal:
-            for norm in norms:
-                self._skip(norm, f"{kind}: {refusal}")
-            return
-        folded = False
+        modules = {
+            node: owner.get_submodule(node.target)
+            for node in graph.nodes
+            if node.op == "call_module"
+        }
+        guards: list[Guard] = []
         for norm in norms:
-            calls = [
-                n
-                for n in graph.nodes
-                if n.op == "call_module" and owner.get_submodule(n.target) is norm
-            ]
-            fold = (
-                match(calls[0], owner)
-                if len(calls) == 1
-                else f"called {len(calls)} times by its parent ({kind})"
-            )
+            calls = [node for node, module in modules.items() if module is norm]
+            fold: Fold | str = f"called {len(calls)} times by its parent ({kind})"
+            if len(calls) == 1:
+                fold = match(calls[0], owner)
             if isinstance(fold, str):
                 self._skip(norm, fold)
                 continue
-            rewrite(fold, owner)
             self._fold(norm, fold.activation, fold.residual is not None)
-            folded = True
-        if folded:
-            forward = FusedForward(owner, *code_of(graph), guards)
+            # what the new forward relies on: a norm that was converted, or another activation put
+            # where the folded one was, has to be an error
+            path = *str(fold.norm.target).split("."), "activation"
+            guards.append((path, _attribute(norm, fold.activation)))
+            if fold.last in modules and fold.last is not fold.norm:
+                if "." not in str(fold.last.target):
+                    guards.append(((str(fold.last.target),), modules[fold.last]))
+            rewrite(fold, owner)
+        if guards:
+            forward = FusedForward(owner, *code_of(graph), (*self._trace(owner).guards, *guards))
             self.rows.append(Row(self.names[owner], f"{kind}.forward", "fused forward"))
-            self.edits.append(
-                (owner, functools.partial(owner.__dict__.__setitem__, "forward", forward))
-            )
+            edit = functools.partial(owner.__dict__.__setitem__, "forward", forward)
+            self.edits.append((owner, edit))
 
 
 def fuse_(model: nn.Module, filter_fn: Filter | None = None, dry_run: bool = False) -> Report:
-    """Fold activations, and residual additions where the forward shows them, into the norms before them, in place.
+    """Fold activations, and additions where the forward shows them, into the norms before them.
 
     .. math:: y = f(\\operatorname{bn}(x) + r) \\qquad y = f(\\operatorname{layer\\_norm}(x + r))
 
-    Norms become BatchNormAct1d, -2d, -3d or LayerNorm with an activation: the same objects, parameters and
-    state_dict. In a Sequential the folded activation becomes an Identity. Elsewhere torch.fx traces the forward of
-    each parent, and where it changes, a new one is bound to that instance: parents keep class, keys and hooks.
-    A forward is left alone, and the report says why, when a trace would freeze or lose part of it: it reads
-    ``training``, tests the type of an argument, has a ``with`` statement, depends on data. Plain attributes that were
-    read while tracing must keep their values, otherwise the next call is a RuntimeError.
+    Norms become BatchNormAct1d, -2d, -3d or LayerNorm with an activation: the same objects,
+    parameters and state_dict. In a Sequential the folded activation becomes an Identity. Elsewhere
+    torch.fx traces the forward of each parent, and where it changes, a new one is bound to that
+    instance: parents keep class, keys and hooks. A forward is left alone, and the report says why,
+    when a trace would freeze or lose part of it: it reads ``training``, tests the type of an
+    argument, has a ``with`` statement, depends on data. Plain attributes that were read while
+    tracing must keep their values, otherwise the next call is a RuntimeError. Hooks added to a norm
+    later see the activated output.
 
-    Call it before DDP, FSDP or torch.compile wrap the model; :func:`restore_` undoes it, and has to before
-    quantisation, torch.fx, ONNX or TorchScript, which read the class's own forward, and before
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and ``fuse_conv_bn_eval``, which drop the activation.
+    Call it before DDP, FSDP or torch.compile wrap the model; :func:`restore_` undoes it, and has to
+    before quantisation, torch.fx, ONNX or TorchScript, which read the class's own forward, and
+    before ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and ``fuse_conv_bn_eval``, which drop
+    the activation.
 
     Args:
         model: any module with layers of torch's or of ours in it.
@@ -223,7 +236,8 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None, dry_run: bool = Fal
         dry_run: report what would be fused, change nothing.
 
     Returns:
-        A report with a row per norm, per activation that became an Identity and per forward that changed.
+        A report with a row per norm, per activation that became an Identity, per forward that
+        changed.
 
     Raises:
         TypeError: ``model`` is not a module, or is a TorchScript module.

@@ -71,7 +71,7 @@ def _refusal(
     chosen: dict[type[nn.Module], type[nn.Module]],
     wanted: Filter | None,
 ) -> str:
-    """Why replace_ leaves a module alone that is an instance of a chosen class; empty if it is replaced."""
+    """Why replace_ leaves an instance of a chosen class alone; empty if it is replaced."""
     reason = untouchable(module)
     if reason:
         return reason
@@ -91,15 +91,19 @@ def replace_(
 ) -> Report:
     """Replace torch's layers by ours, in place: the same objects with another class.
 
-    Parameters, buffers, hooks, names and state_dict stay as they are, so an optimizer built before goes on working
-    and checkpoints load both ways. Only modules whose type is exactly torch's class are replaced, subclasses are
-    reported. Call it before DDP, FSDP or torch.compile wrap the model; :func:`restore_` undoes it.
+    Parameters, buffers, hooks, names and state_dict stay as they are, so an optimizer built before
+    goes on working and checkpoints load both ways. Only modules whose type is exactly torch's class
+    are replaced, subclasses are reported. Call it before DDP, FSDP or torch.compile wrap the model;
+    :func:`restore_` undoes it.
 
     Args:
         model: any module; a layer itself is replaced too.
-        targets: classes or their names among BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm, GELU, SiLU, SELU and
-            WeightNorm (the parametrization behind torch.nn.utils.parametrizations.weight_norm); all of them by default.
-        filter_fn: called as ``filter_fn(module, name)``; only modules it returns true for are replaced.
+        targets: classes or their names among BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm,
+            GELU, SiLU,
+            SELU and WeightNorm (the parametrization behind
+            torch.nn.utils.parametrizations.weight_norm); all of them by default.
+        filter_fn: called as ``filter_fn(module, name)``; only modules it returns true for are
+            replaced.
         dry_run: report what would be replaced, change nothing.
 
     Returns:
@@ -177,9 +181,10 @@ def _plan_restore(module: nn.Module, name: str, rows: list[Row], edits: Edits) -
 
 
 def restore_(model: nn.Module, dry_run: bool = False) -> Report:
-    """Undo every :func:`replace_` and :func:`fuse_` on a model: no class, attribute, entry or forward of ours remains.
+    """Undo every :func:`replace_` and :func:`fuse_` on a model: nothing of ours remains in it.
 
-    Layers that were built from our classes stay. Call it before quantisation, torch.fx, ONNX or TorchScript.
+    Layers that were built from our classes stay. Call it before quantisation, torch.fx, ONNX or
+    TorchScript.
 
     Args:
         model: the model that was changed, a part of it, or a deepcopy of it.

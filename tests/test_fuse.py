@@ -1,5 +1,6 @@
 """fuse_: what is folded into a norm, what is left alone and why, and that restore_ undoes it."""
 
+import collections
 import copy
 import inspect
 import io
@@ -25,8 +26,8 @@ def planes(seed=0):
 
 
 def assert_same_numbers(model, twin, *inputs):
-    """Output, gradients and buffers of a surgically changed model and its untouched twin, training and eval."""
-    # in fp64: the gradient of a bias before a batch norm is zero, and rounding would be all there is
+    """Outputs, gradients and buffers of a model and its untouched twin, in training and eval."""
+    # in fp64: the gradient of a bias before a batch norm is zero, rounding would be all it has
     inputs = [x.double() for x in inputs]
     model.double()
     twin.double()
@@ -47,7 +48,7 @@ def assert_same_numbers(model, twin, *inputs):
 
 
 def fused_and_same(model, *inputs):
-    """fuse_ a copy, compare it under auto and forced reference, restore it without a trace; the report's changes."""
+    """fuse_, compare with a twin under auto and forced reference, restore_ without a trace."""
     twin = copy.deepcopy(model.double())
     before = snapshot(model)
     report = fuse_(model)
@@ -357,7 +358,9 @@ def test_the_sum_before_a_layer_norm_and_the_activation_after_it():
 
 def test_a_broadcast_residual_keeps_its_numbers():
     fused_and_same(PostNorm(), torch.randn(4, C), torch.randn(1, C))
+    fused_and_same(PostNorm(), torch.randn(1, C), torch.randn(4, C))
     fused_and_same(TwoNorms(), planes(), planes(1)[:, :, :1, :1])
+    fused_and_same(TwoNorms(), planes()[:, :, :1, :1], planes(1))
 
 
 class Users(nn.Module):
@@ -486,6 +489,11 @@ class Catches(Users):
         return self.act(self.norm(x))
 
 
+class ReturnsOrderedDict(Users):
+    def forward(self, x):
+        return collections.OrderedDict(x=self.act(self.norm(x)))
+
+
 class IntoShortcut(Users):
     def forward(self, x):
         y = x * 1
@@ -514,6 +522,7 @@ SKIPPED = [
     (ReadsConfig, "reads config"),
     (Checkpointed, "which a trace would lose"),
     (Catches, "try"),
+    (ReturnsOrderedDict, "a OrderedDict would become a plain container"),
     (IntoShortcut, "in place into another tensor"),
 ]
 
@@ -648,6 +657,19 @@ def test_a_plain_attribute_is_a_guard_and_optional_numbers_stay_optional():
     model(planes())
 
 
+def test_what_was_put_in_the_place_of_a_folded_part_is_noticed():
+    model = Residual(in_place)
+    fuse_(model)
+    model.relu = nn.GELU()
+    with pytest.raises(RuntimeError, match=r"relu was ReLU\(inplace=True\) when fuse_ traced"):
+        model(planes())
+    model = Residual(in_place)
+    fuse_(model)
+    model.bn1 = nn.SyncBatchNorm(C)
+    with pytest.raises(RuntimeError, match=r"bn1\.activation was 'relu' .* and is 'missing' now"):
+        model(planes())
+
+
 def test_argument_names_survive():
     class Named(Users):
         def forward(self, input: torch.Tensor, other: "torch.Tensor") -> "torch.Tensor":
@@ -719,7 +741,7 @@ def test_dry_run_and_filter_fn():
     report = fuse_(model, filter_fn=lambda norm, name: name == "0.bn2")
     assert [row.name for row in report if not row.why_skipped] == ["0", "0.bn2"]
     assert reasons(report) == {"0.bn1": "left out by filter_fn", "1": "left out by filter_fn"}
-    assert reasons(fuse_(model))["0.bn1"].endswith("is fused already: restore_ first to fuse more")
+    assert reasons(fuse_(model))["0.bn1"].endswith("is fused: restore_ first to fuse more")
 
 
 def test_nothing_is_half_changed_when_a_call_fails(monkeypatch):

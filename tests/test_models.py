@@ -1,7 +1,8 @@
-"""replace_ and fuse_ on the architectures people have: three optimizer steps, then eval, against the untouched twin.
+"""replace_ and fuse_ on the architectures people have, against the untouched twin.
 
-In fp64, so that a wrong formula cannot hide in rounding: only the order of sums may differ. Dropout stays on,
-under the same seed: the surgery must not disturb the random numbers either.
+Three optimizer steps, then eval. In fp64, so that a wrong formula cannot hide in rounding: only the
+order of sums may differ. Dropout stays on, under the same seed: the surgery must not disturb the
+random numbers either.
 """
 
 import copy
@@ -31,7 +32,11 @@ def tokens():
 
 def resnet():
     config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic", downsample_in_first_stage=True
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[2, 2],
+        layer_type="basic",
+        downsample_in_first_stage=True,
     )
     return transformers.ResNetModel(config), image()
 
@@ -78,7 +83,11 @@ def vit():
 
 def bert():
     config = transformers.BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
     )
     return transformers.BertModel(config), tokens()
 
@@ -103,7 +112,9 @@ def wav2vec2():
         mask_time_prob=0.0,
         mask_feature_prob=0.0,
     )
-    return transformers.Wav2Vec2Model(config), {"input_values": torch.randn(2, 400, dtype=torch.float64)}
+    return transformers.Wav2Vec2Model(config), {
+        "input_values": torch.randn(2, 400, dtype=torch.float64)
+    }
 
 
 # model -> how many modules replace_ changes, and how many norms fuse_ folds something into
@@ -137,7 +148,9 @@ def three_steps(model, inputs, optimizer):
         torch.manual_seed(step)
         optimizer.zero_grad()
         y = outputs_of(model, inputs)
-        loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).mean() + y.square().mean()
+        loss = (
+            y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        ).mean() + y.square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -148,7 +161,9 @@ def assert_close(ours, theirs, name):
     if theirs is None or ours is None:
         assert ours is theirs, name
         return
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, msg=lambda text: f"{name}: {text}")
+    torch.testing.assert_close(
+        ours, theirs, rtol=1e-9, atol=1e-12, msg=lambda text: f"{name}: {text}"
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -16,12 +16,12 @@ Filter = Callable[[nn.Module, str], bool]
 Edits = list[tuple[nn.Module, Callable[[], None]]]  # each with the module that it changes
 
 
-# what restore_ needs to know, kept in the module's own __dict__ so that it follows deepcopy and pickle
+# what restore_ needs to know: in the module's own __dict__, so that it follows deepcopy and pickle
 
 
 @dataclass
 class Origin:
-    """The class a module had, and the attributes that were set over it: name -> () if absent before, else (value,)."""
+    """The class a module had, and its attributes that were set: name -> (value,), () if absent."""
 
     cls: type[nn.Module]
     attributes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Folded:
 
 
 def swap(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
-    """Give a module another class (and instance attributes) in place, remembering what it had at first."""
+    """Give a module another class and attributes in place, remembering what it had at first."""
     fields = module.__dict__
     known = fields.get(ORIGIN)
     origin = Origin(type(module)) if known is None else Origin(known.cls, dict(known.attributes))

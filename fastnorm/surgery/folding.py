@@ -1,4 +1,4 @@
-"""What can be folded into a norm: the activations by all their names, and the sums that a traced forward shows."""
+"""What can be folded into a norm: activations by all their names, sums that a trace shows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fastnorm.modules import activation
-from fastnorm.replace import title
+from fastnorm.surgery.edits import title
 
 # which activation is this?
 
@@ -268,7 +268,7 @@ def _match_layer_norm(node: fx.Node, root: nn.Module) -> Fold | str:
 
 
 def rewrite(fold: Fold, root: nn.Module) -> None:
-    """Change the graph: one call of the norm in place of the norm, the addition and the activation."""
+    """Change the graph: one call in place of the norm, the addition and the activation."""
     graph, norm = fold.norm.graph, fold.norm
     before = isinstance(root.get_submodule(str(norm.target)), nn.LayerNorm)
     position = norm if fold.add is None or before else fold.add

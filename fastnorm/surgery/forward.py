@@ -24,10 +24,14 @@ def code_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     return code.src, {name: value for name, value in code.globals.items() if name in names}
 
 
-class FusedForward:
-    """The forward of one module instance, written by :func:`fuse_`; it follows its module through deepcopy and pickle.
+def _attribute(value: Any, name: str) -> Any:
+    return getattr(value, name, "missing")
 
-    Attributes of the model that the trace has read are guards: another value at call time is a RuntimeError.
+
+class FusedForward:
+    """The forward of one instance, written by fuse_; deepcopy and pickle take it along.
+
+    Attributes that the trace has read are guards: another value at call time is a RuntimeError.
     """
 
     def __init__(
@@ -48,18 +52,19 @@ class FusedForward:
             name,
         )
         scope = dict(self.namespace)
-        exec(compile(self.source, name, "exec"), scope)  # noqa: S102 (torch.fx writes forwards as source)
+        exec(compile(self.source, name, "exec"), scope)  # torch.fx writes forwards as source
         self.function = scope["forward"]
         signature = inspect.signature(type(self.module).forward)
         self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for path, expected in self.guards:
-            value = functools.reduce(getattr, path, self.module)
+            value = functools.reduce(_attribute, path, self.module)
             if value is not expected and (type(value) is not type(expected) or value != expected):
                 raise RuntimeError(
-                    f"{'.'.join(path)} was {expected!r} when fuse_ traced {type(self.module).__name__}.forward and is "
-                    f"{value!r} now: call fastnorm.restore_ first, and fuse_ again"
+                    f"{'.'.join(path)} was {expected!r} when fuse_ traced "
+                    f"{type(self.module).__name__}.forward and is {value!r} now: "
+                    "call fastnorm.restore_ first, and fuse_ again"
                 )
         return self.function(self.module, *args, **kwargs)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """One line of a report: a change, or a module left alone and why (then ``now`` equals ``was``)."""
+    """One line of a report: a change, or a module left alone (``now`` equals ``was``) and why."""
 
     name: str
     was: str

@@ -1,10 +1,11 @@
-"""torch.fx traces that can replace a forward: everything a trace would freeze or lose is found and named.
+"""torch.fx traces that can replace a forward: what a trace would freeze or lose is found and named.
 
-torch.fx runs the forward once on proxies. What does not pass through a proxy is decided then, for good: a look at
-``self.training``, ``x is None``, ``isinstance(x, tuple)``, a context manager, a random number. So the traced module
-is a shadow that sees every attribute read, a profiler sees every Python function entered and every builtin called,
-a function mode sees torch calls without a proxy, and the sources of all functions entered are searched for tests
-that no proxy can see. Plain values that were read become guards, checked at every call of the new forward.
+torch.fx runs the forward once on proxies. What does not pass through a proxy is decided then, for
+good: a look at ``self.training``, ``x is None``, ``isinstance(x, tuple)``, a context manager, a
+random number. So the traced module is a shadow that sees every attribute read, a profiler sees
+every Python function entered and every builtin called, a function mode sees torch calls without a
+proxy, and the sources of all functions entered are searched for tests that no proxy can see. Plain
+values that were read become guards, checked at every call of the new forward.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ _ENTRIES = (
     "torch._tensor",
     "torch.fx.",
     "torch.overrides",
+    "torch._jit_internal",  # nn.functional's pooling goes through it
 )
-_ENTRIES += ("torch._jit_internal",)  # nn.functional's pooling goes through it
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _WATCH = "_fastnorm_watch"
 _PLAIN = (
@@ -56,7 +57,7 @@ _PLAIN = (
 
 
 class Trace(NamedTuple):
-    """The graph of a forward (None where torch.fx fails), why it must not replace the forward, and its guards."""
+    """A forward's graph (None where torch.fx fails), why it must not be used, and its guards."""
 
     graph: fx.Graph | None
     refusal: str
@@ -83,10 +84,11 @@ class _Watch:
         if name == "training":
             self.refuse("its forward reads training, which a trace would freeze")
         elif _plain(value) or (own and inspect.isroutine(value)):
-            self.guards[*path, name] = value
+            self.guards[(*path, name)] = value
         elif own:
             self.refuse(
-                f"its forward reads {'.'.join((*path, name))} ({type(value).__name__}), which a trace would freeze"
+                f"its forward reads {'.'.join((*path, name))} ({type(value).__name__}), "
+                "which a trace would freeze"
             )
 
     def profile(self, frame: types.FrameType, event: str, argument: Any) -> None:
@@ -124,14 +126,14 @@ def _traceable_builtin(function: Any) -> bool:
     module = getattr(function, "__module__", None) or ""
     if module == "math" or isinstance(owner, type):
         return True
-    # torch's own: functions of tensors are seen by the function mode, questions about the process are not
+    # torch's functions of tensors are seen by the function mode; questions about the process are not
     return module.startswith("torch") and not function.__name__.lstrip("_").startswith(
         ("is_", "get_", "set_", "has_")
     )
 
 
 class _Constants(TorchFunctionMode):
-    """Sees torch functions that are called without a proxy: their result would become a constant."""
+    """Sees torch functions called without a proxy: their result would become a constant."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
@@ -180,6 +182,14 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, (dict, list)) and type(a).__module__ not in (
+            "builtins",
+            "torch.fx.immutable_collections",
+        ):
+            raise TypeError(f"a {type(a).__name__} would become a plain container")
+        return super().create_arg(a)
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
 
@@ -187,7 +197,7 @@ class _Tracer(fx.Tracer):
 def _shadow(
     module: nn.Module, watch: _Watch, path: tuple[str, ...], known: dict[int, nn.Module]
 ) -> nn.Module:
-    """A copy of a module and its children, sharing everything, that reports its reads and refuses writes."""
+    """A copy of a module and its children, sharing all, that reports reads and refuses writes."""
     if id(module) in known:
         return known[id(module)]
     cls = type(module)
@@ -253,10 +263,9 @@ def trace(module: nn.Module) -> Trace:
             sys.setprofile(watch.profile)
             watch.running = True
             graph = _Tracer().trace(shadow)
-    except Exception as error:  # noqa: BLE001 (a forward can fail on proxies in any way)
-        watch.refusals.append(
-            f"torch.fx cannot trace its forward ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
-        )
+    except Exception as error:  # a forward can fail on proxies in any way
+        what = str(error).partition("\n")[0]
+        watch.refusals.append(f"torch.fx cannot trace its forward ({type(error).__name__}: {what})")
     finally:
         watch.running = False
         sys.setprofile(profiler)
