@@ -44,6 +44,7 @@ def tile_offsets(
     if LONG:
         group = group.to(tl.int64)
         tile = tl.cast(tile, tl.int64)
+        N = N.to(tl.int64)
     channels = C * C_ALIGN
     c = group * BLOCK_C + tl.arange(0, BLOCK_C)
     v = tile * BLOCK_V + tl.arange(0, BLOCK_V)

@@ -1,0 +1,37 @@
+"""Every case of the table on every backend: outputs, gradients and buffers against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cases import CASES, Case
+from tests.compare import assert_as_good_as_torch
+
+PARAMETERS = [
+    pytest.param(case, dtype, id=f"{case}-{str(dtype).removeprefix('torch.')}") for case in CASES for dtype in case.dtypes
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the infinities that the interpreter computes with
+@pytest.mark.parametrize(("case", "dtype"), PARAMETERS)
+def test_case(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
+    tensors = {
+        name: None if t is None else t.detach().to(device).requires_grad_(t.requires_grad)
+        for name, t in case.make(dtype).items()
+    }
+    shape_of = tensors["v" if "v" in tensors else "x"]
+    assert shape_of is not None
+    dy = case.dy(torch.empty(shape_of.shape, dtype=dtype)).to(device)
+    assert_as_good_as_torch(case.ours, case.torchs, tensors, dy, f"{case} {backend}")
+
+
+def test_every_family_is_in_the_table() -> None:
+    assert {case.op for case in CASES} == {
+        "activation",
+        "batch_norm",
+        "layer_norm",
+        "mean_only",
+        "swish",
+        "weight_norm",
+    }
