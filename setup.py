@@ -1,4 +1,4 @@
-"""Builds csrc/ into fastnorm._cuda where nvcc is found; without it the package is pure Python and has Triton alone.
+"""Builds csrc/ into fastnorm._cuda where nvcc is found; without it the package is pure Python.
 
 FASTNORM_BUILD_CUDA  auto (default): build where nvcc is found; 1: build or fail; 0: never
 CUDACXX, CUDA_HOME   which nvcc (otherwise the one on PATH, otherwise /usr/local/cuda)
@@ -23,7 +23,7 @@ ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 
 
 def find_nvcc() -> str | None:
-    """The nvcc to build with: CUDACXX, CUDA_HOME, PATH, the usual place; None where there is none."""
+    """The nvcc of CUDACXX, else of CUDA_HOME, else on PATH, else in the usual place."""
     if os.environ.get("CUDACXX"):
         return shutil.which(os.environ["CUDACXX"])
     if os.environ.get("CUDA_HOME"):
@@ -38,16 +38,18 @@ def obstacle() -> str | None:
     if not sys.platform.startswith("linux"):
         return f"the CUDA backend is built on Linux only, and this is {sys.platform}"
     if find_nvcc() is None:
-        places = {name: os.environ[name] for name in ("CUDACXX", "CUDA_HOME") if os.environ.get(name)}
+        places = {
+            name: os.environ[name] for name in ("CUDACXX", "CUDA_HOME") if os.environ.get(name)
+        }
         return (
-            f"nvcc was not found ({places or 'not on PATH, nor in /usr/local/cuda/bin'}): install the CUDA toolkit, "
-            "or set CUDA_HOME to its folder or CUDACXX to its nvcc"
+            f"nvcc was not found ({places or 'not on PATH, nor in /usr/local/cuda/bin'}): "
+            "install the CUDA toolkit, or set CUDA_HOME to its folder or CUDACXX to its nvcc"
         )
     return None
 
 
 def wanted() -> bool:
-    """Whether to build the CUDA backend; an error where FASTNORM_BUILD_CUDA=1 asks for what cannot be."""
+    """Whether to build the CUDA backend; an error where it was asked for and cannot be."""
     choice = os.environ.get("FASTNORM_BUILD_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"FASTNORM_BUILD_CUDA={choice!r} is not known: set it to auto, 1 or 0")
@@ -62,7 +64,7 @@ def wanted() -> bool:
 
 
 def architecture_flags(known: set[str]) -> list[str]:
-    """-gencode flags for TORCH_CUDA_ARCH_LIST, or for those of our own list that this nvcc knows."""
+    """-gencode flags for TORCH_CUDA_ARCH_LIST, else for those of our list that nvcc knows."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     flags = []
     for entry in re.split(r"[;,\s]+", (asked or ARCHITECTURES).strip()):
@@ -79,7 +81,7 @@ def architecture_flags(known: set[str]) -> list[str]:
 
 
 class NvccBuild(build_ext):
-    """Compiles and links with nvcc alone: no torch headers, so one build serves every version of torch."""
+    """Compiles and links with nvcc alone, without torch: one build serves all its versions."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -89,7 +91,9 @@ class NvccBuild(build_ext):
         known = set(subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split())
         flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
         flags += architecture_flags(known)
-        flags += [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
+        flags += [
+            f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])
+        ]
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
 

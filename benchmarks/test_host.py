@@ -1,4 +1,4 @@
-"""Host time of a call, ours beside torch's: `make bench`. On a CPU `auto` may cost 5 us more than torch's function."""
+"""Host time of a call, ours beside torch's: on a CPU, `auto` may cost 5 us more. `make bench`."""
 
 from collections.abc import Callable
 
@@ -32,6 +32,8 @@ CALLS: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
 
 @pytest.mark.parametrize("provider", ["torch", "fastnorm"])
 @pytest.mark.parametrize("name", CALLS)
-def test_host_time(benchmark: Callable[[Callable[[], Tensor]], Tensor], name: str, provider: str) -> None:
+def test_host_time(
+    benchmark: Callable[[Callable[[], Tensor]], Tensor], name: str, provider: str
+) -> None:
     theirs, mine = CALLS[name]
     torch.testing.assert_close(benchmark(mine if provider == "fastnorm" else theirs), theirs())

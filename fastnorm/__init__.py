@@ -1,8 +1,9 @@
 """Fused normalisation and activation layers for PyTorch, as drop-ins for torch.nn's own.
 
 Example:
-    >>> import torch, fastnorm
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+    >>> import fastnorm
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     >>> _ = fastnorm.replace_(model)
     >>> _ = fastnorm.fuse_(model)
     >>> type(model[1]).__name__

@@ -1,4 +1,4 @@
-"""``python -m fastnorm env`` tells what this machine has; ``python -m fastnorm demo`` shows the main job."""
+"""``python -m fastnorm env`` tells what this machine has, ``python -m fastnorm demo`` shows it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,16 @@ def _devices() -> list[str]:
 def _auto(missing: dict[str, str | None]) -> str:
     """What runs when no backend is forced."""
     if not torch.cuda.is_available():
-        return "torch's own functions: there is no CUDA device, and no kernel of ours is for another"
+        return (
+            "torch's own functions: there is no CUDA device, and no kernel of ours is for another"
+        )
     if torch.version.hip is not None:
         return "torch's own functions: this is ROCm, on which our kernels are not run unless forced"
     if missing["triton"] is not None:
         return "torch's own functions: there is a CUDA device, but no Triton"
-    return "Triton kernels for CUDA tensors large enough to gain, torch's own functions for the rest"
+    return (
+        "Triton kernels for CUDA tensors large enough to gain, torch's own functions for the rest"
+    )
 
 
 def env() -> int:
@@ -60,9 +64,15 @@ def env() -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastnorm", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("env", help="versions, devices, backends and why the missing ones are missing")
-    demo = commands.add_parser("demo", help="train a ResNet with torch's layers and ours, and compare")
-    demo.add_argument("--layers", action="store_true", help="only a small layer of each family, on Triton")
+    commands.add_parser(
+        "env", help="versions, devices, backends and why the missing ones are missing"
+    )
+    demo = commands.add_parser(
+        "demo", help="train a ResNet with torch's layers and ours, and compare"
+    )
+    demo.add_argument(
+        "--layers", action="store_true", help="only a small layer of each family, on Triton"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.command == "env":
         return env()

@@ -1,4 +1,4 @@
-"""The main job, shown: a ResNet trained on images of digits with torch's layers and with ours must agree."""
+"""The main job, shown: a ResNet trained on images with torch's layers and with ours must agree."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 import copy
 import importlib
 import importlib.util
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,15 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastnorm
+from fastnorm.demo_kernels import FLOOR, agrees, check_kernels, check_layers
 
 STEPS = 3
 BATCH = 16
 SIZE = 64  # pixels a side: the digits, enlarged, so that ResNet-50's last stage is still 2 x 2
-
-# Ours may be this many times as far from fp64 as torch is. Two orders of summation differ by that much, a wrong
-# formula by far more; the floor is one rounding of fp32, for where torch happens to be exact.
-ALLOWED = 2.0
-FLOOR = 2.0**-23
 
 
 class Missing(Exception):
@@ -73,7 +67,7 @@ def own_resnet() -> nn.Module:
 
 
 def build_model() -> tuple[str, nn.Module]:
-    """A ResNet for ten classes with random weights, the best known one that is installed, and where it is from."""
+    """A ResNet of ten classes, random weights, the best known that is installed; and its name."""
     if importlib.util.find_spec("torchvision") is not None:
         # a torchvision built for another torch is there and fails with RuntimeError when imported
         with contextlib.suppress(ImportError, RuntimeError):
@@ -88,14 +82,18 @@ def build_model() -> tuple[str, nn.Module]:
 
 
 def digits(steps: int, batch: int, size: int) -> list[tuple[Tensor, Tensor]]:
-    """``steps`` batches of scikit-learn's handwritten digits: images [batch, 3, size, size] and labels."""
+    """``steps`` batches of scikit-learn's digits: images [batch, 3, size, size] and labels."""
     try:
         datasets = importlib.import_module("sklearn.datasets")
     except ImportError as error:
-        raise Missing(f'scikit-learn is missing: pip install "fastnorm-torch[demo]" ({error})') from error
+        raise Missing(
+            f'scikit-learn is missing: pip install "fastnorm-torch[demo]" ({error})'
+        ) from error
     images, labels = datasets.load_digits(return_X_y=True)
     x = torch.as_tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
+    x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False).expand(
+        -1, 3, -1, -1
+    )
     y = torch.as_tensor(labels)
     return [(x[i * batch : (i + 1) * batch], y[i * batch : (i + 1) * batch]) for i in range(steps)]
 
@@ -122,8 +120,10 @@ def _logits(output: Any) -> Tensor:
 
 
 def held_for_backward(model: nn.Module, x: Tensor) -> int:
-    """Bytes that one forward keeps alive for its backward; parameters and buffers, alive anyway, are not counted."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), x]}
+    """Bytes that one forward keeps for its backward, beside parameters, buffers and input."""
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), x]
+    }
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -133,7 +133,9 @@ def held_for_backward(model: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = _logits(model(x))  # alive until the sum is taken, so no storage is counted under a reused address
+        output = _logits(
+            model(x)
+        )  # alive until the sum is taken, so no storage is counted under a reused address
     total = sum(storages.values())
     del output
     return total
@@ -154,7 +156,7 @@ def train(
         start = time.perf_counter()
         output = _logits(model(x))
         loss = F.cross_entropy(output, y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         result.losses.append(loss.detach().cpu().double())  # waits for the GPU
         times.append(time.perf_counter() - start)
@@ -174,74 +176,13 @@ QUANTITIES = ("losses", "outputs", "gradients", "buffers")
 def distance(a: Training, b: Training, quantity: str) -> float:
     """The largest relative distance of ``a`` from ``b`` over the steps, in norm."""
     pairs = zip(getattr(a, quantity), getattr(b, quantity), strict=True)
-    return max(((x - y).norm() / y.norm().clamp_min(FLOOR)).item() for x, y in pairs)
+    return max(float((x - y).norm() / y.norm().clamp_min(FLOOR)) for x, y in pairs)
 
 
 def largest(a: Training, b: Training, quantity: str) -> float:
     """The largest difference of one number over the steps."""
     pairs = zip(getattr(a, quantity), getattr(b, quantity), strict=True)
-    return max((x - y).abs().max().item() for x, y in pairs)
-
-
-def agrees(ours: float, torchs: float) -> bool:
-    """Whether a distance from fp64 is one that rounding explains, given torch's own; NaN is not."""
-    return ours <= ALLOWED * torchs + FLOOR
-
-
-# the layers alone, on kernels
-
-
-def layers() -> dict[str, Callable[[], nn.Module]]:
-    """A small layer of each family, by name."""
-    return {
-        "BatchNorm2d + SiLU": lambda: fastnorm.BatchNormAct2d(5, activation="silu"),
-        "MeanOnlyBatchNorm2d": lambda: fastnorm.MeanOnlyBatchNorm2d(5),
-        "LayerNorm + GELU": lambda: fastnorm.LayerNorm(7, activation="gelu"),
-        "weight_norm(Linear)": lambda: fastnorm.weight_norm(nn.Linear(7, 3)),
-        "GELU": fastnorm.GELU,
-        "Swish": fastnorm.Swish,
-    }
-
-
-def _numbers(build: Callable[[], nn.Module], backend: str, dtype: torch.dtype, device: str) -> Tensor:
-    """Output, every gradient and every buffer of one layer on one input, in one vector."""
-    torch.manual_seed(0)
-    layer = build().to(device, dtype)
-    x = torch.randn(4, 5, 7, 7).to(device, dtype).requires_grad_()
-    with fastnorm.backend(backend):
-        y = layer(x)
-        y.backward(torch.linspace(-1, 1, y.numel(), device=device, dtype=dtype).view_as(y))
-    tensors = [y, x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
-    return torch.cat([t.detach().double().flatten() for t in tensors if t is not None])
-
-
-def check_layers(device: str) -> bool:
-    """Run each family's Triton kernels forward and backward, and hold them to fp64 beside torch's own functions."""
-    good = True
-    print(f"{'layer':24}{'ours from fp64':>16}{'torch from fp64':>17}")
-    for name, build in layers().items():
-        exact = _numbers(build, "auto", torch.float64, device)
-        ours, torchs = (
-            ((_numbers(build, backend, torch.float32, device) - exact).norm() / exact.norm()).item()
-            for backend in ("triton", "auto")
-        )
-        fine = agrees(ours, torchs)
-        good = good and fine
-        print(f"{name:24}{ours:16.1e}{torchs:17.1e}{'' if fine else '  DIFFERS'}")
-    return good
-
-
-def check_kernels(device: str) -> bool:
-    """check_layers on the GPU, or in the interpreter, which a process must choose before its first kernel."""
-    if device == "cuda":
-        print("\nEvery family's Triton kernels on the GPU:")
-        return check_layers(device)
-    if importlib.util.find_spec("triton") is None:
-        print("\nTriton is not installed here: its kernels are not shown. pip install triton")
-        return True
-    print("\nEvery family's Triton kernels, interpreted on the CPU:", flush=True)
-    command = [sys.executable, "-m", "fastnorm", "demo", "--layers"]
-    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode == 0
+    return max(float((x - y).abs().max()) for x, y in pairs)
 
 
 # the demo
@@ -273,7 +214,7 @@ def variants(model: nn.Module, device: str) -> dict[str, tuple[nn.Module, str]]:
         "fastnorm": (fast, "auto"),
     }
     if device == "cpu":
-        # auto is torch's own function here: this one runs our ops, our Functions and our backward formulas
+        # auto is torch's own function here: this one runs our ops and our autograd Functions
         result["fastnorm, its own ops"] = (copy.deepcopy(fast), "reference")
     return result
 
@@ -300,12 +241,14 @@ def compare(found: dict[str, Training]) -> bool:
 
 
 def run(steps: int = STEPS, batch: int = BATCH, size: int = SIZE) -> bool:
-    """Train the same steps with torch's layers and with ours; print what they gave; tell whether they agree."""
+    """Train the same steps with torch's layers and with ours; print both; tell if they agree."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batches = digits(steps, batch, size)
     torch.manual_seed(0)
     source, model = build_model()
-    print(f"{source}, {steps} steps on {batch} handwritten digits of {size} x {size}, on {device}\n")
+    print(
+        f"{source}, {steps} steps on {batch} handwritten digits of {size} x {size}, on {device}\n"
+    )
     trained = variants(model.to(device), device)
     found = {}
     with _progress(steps * len(trained)) as tick:
@@ -314,7 +257,9 @@ def run(steps: int = STEPS, batch: int = BATCH, size: int = SIZE) -> bool:
                 found[name] = train(name, variant, batches, lambda name=name: tick(name))  # type: ignore[misc]
     same = compare(found)
     if device == "cpu":
-        print("(on a CPU, fastnorm alone is torch's own functions: `its own ops` are what is compared)")
+        print(
+            "(on a CPU `fastnorm` is torch's own functions, and `its own ops` is what is compared)"
+        )
     kernels = check_kernels(device)
     print("\nThey agree." if same and kernels else "\nThey DIFFER: see above.")
     return same and kernels

@@ -1,4 +1,4 @@
-"""What a user meets before the first tensor: names, import, versions, the build's choices, the command line."""
+"""What a user meets before the first tensor: names, import, the build, the command line."""
 
 import importlib.util
 import os
@@ -125,7 +125,9 @@ def test_asking_for_cuda_without_nvcc_fails_and_says_what_to_do(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTNORM_BUILD_CUDA", "1")
-    with pytest.raises(SystemExit, match=r"nvcc was not found.*install the CUDA toolkit.*CUDA_HOME"):
+    with pytest.raises(
+        SystemExit, match=r"nvcc was not found.*install the CUDA toolkit.*CUDA_HOME"
+    ):
         build.wanted()
 
 
@@ -178,5 +180,5 @@ def test_architectures_are_ours_that_nvcc_knows_or_the_users_unchanged(
         "-gencode=arch=compute_90a,code=compute_90a",
     ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(SystemExit, match="'Hopper' is not like 9.0"):
+    with pytest.raises(SystemExit, match=r"'Hopper' is not like 9\.0"):
         build.architecture_flags(set())
