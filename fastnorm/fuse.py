@@ -200,9 +200,9 @@ class _Plan:
             # where the folded one was, has to be an error
             path = *str(fold.norm.target).split("."), "activation"
             guards.append((path, _attribute(norm, fold.activation)))
-            if fold.last in modules and fold.last is not fold.norm:
-                if "." not in str(fold.last.target):
-                    guards.append(((str(fold.last.target),), modules[fold.last]))
+            last = str(fold.last.target)
+            if fold.last in modules and fold.last is not fold.norm and "." not in last:
+                guards.append(((last,), modules[fold.last]))
             rewrite(fold, owner)
         if guards:
             forward = FusedForward(owner, *code_of(graph), (*self._trace(owner).guards, *guards))

@@ -127,9 +127,10 @@ def replace_(
     ours = owned_classes()
     rows: list[Row] = []
     edits: Edits = []
+    bases = tuple(chosen)
     for name, module in model.named_modules():
-        was = type(module)
-        if not isinstance(module, tuple(chosen)) or was in ours:
+        was: type[nn.Module] = type(module)
+        if was in ours or not issubclass(was, bases):
             continue
         reason = _refusal(module, name, chosen, filter_fn)
         rows.append(Row(name, title(was), title(was) if reason else title(chosen[was]), reason))

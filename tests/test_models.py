@@ -17,7 +17,7 @@ from fastnorm import dispatch
 from fastnorm.fuse import fuse_
 from fastnorm.modules import layer_norm, weight_norm
 from fastnorm.replace import replace_, restore_
-from tests.test_replace import assert_untouched, snapshot
+from tests.twins import assert_untouched, snapshot
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from fastnorm.modules import activation, batch_norm, layer_norm, weight_norm
 from fastnorm.replace import replace_, replacements, restore_
+from tests.twins import assert_untouched, snapshot
 
 # one layer per default target, with an input
 LAYERS = {
@@ -41,24 +42,6 @@ def network():
 
 def image():
     return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-
-
-def snapshot(model):
-    """Everything that a surgery could leave behind."""
-    return {
-        name: (type(module), dict(module.__dict__), list(module._modules.items()))
-        for name, module in model.named_modules(remove_duplicate=False)
-    }
-
-
-def assert_untouched(model, before):
-    after = snapshot(model)
-    assert after.keys() == before.keys()
-    for name, (cls, attributes, children) in after.items():
-        assert cls is before[name][0], name
-        assert attributes.keys() == before[name][1].keys(), name
-        assert all(attributes[key] is before[name][1][key] for key in attributes), name
-        assert children == before[name][2], name
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -126,7 +126,7 @@ def _traceable_builtin(function: Any) -> bool:
     module = getattr(function, "__module__", None) or ""
     if module == "math" or isinstance(owner, type):
         return True
-    # torch's functions of tensors are seen by the function mode; questions about the process are not
+    # the function mode sees torch's functions of tensors, but not its questions about the process
     return module.startswith("torch") and not function.__name__.lstrip("_").startswith(
         ("is_", "get_", "set_", "has_")
     )

@@ -1,0 +1,245 @@
+"""What fuse_ leaves alone, and the reason it reports."""
+
+import collections
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastnorm.fuse import fuse_
+from tests.twins import (
+    C,
+    Residual,
+    Users,
+    assert_untouched,
+    in_place,
+    reasons,
+    snapshot,
+)
+
+
+class Twice(Users):
+    def forward(self, x):
+        return self.act(self.norm(self.act(self.norm(x))))
+
+
+class ReadsTraining(Users):
+    def forward(self, x):
+        return F.dropout(self.act(self.norm(x)), 0.5, training=self.training)
+
+
+class ReadsChildTraining(Users):
+    def forward(self, x):
+        return F.dropout(self.act(self.norm(x)), 0.5, training=self.norm.training)
+
+
+class ReadsTrainingByProperty(Users):
+    @property
+    def learning(self):
+        return getattr(self, "train" + "ing")
+
+    def forward(self, x):
+        return F.dropout(self.act(self.norm(x)), 0.5, training=self.learning)
+
+
+class DataDependent(Users):
+    def forward(self, x):
+        return self.act(self.norm(x)) if x.sum() > 0 else x
+
+
+class AsksType(Users):
+    def forward(self, x):
+        if isinstance(x, (tuple, list)):
+            x = torch.cat(x)
+        return self.act(self.norm(x))
+
+
+class AsksNone(Users):
+    def forward(self, x, mask=None):
+        y = self.act(self.norm(x))
+        return y if mask is None else y * mask
+
+
+class StarArguments(Users):
+    def forward(self, *xs):
+        return self.act(self.norm(xs[0]))
+
+
+class KeywordArguments(Users):
+    def forward(self, x, **options):
+        return self.act(self.norm(x))
+
+
+class Context(Users):
+    def forward(self, x):
+        with torch.no_grad():
+            return self.act(self.norm(x))
+
+
+class Decorated(Users):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.act(self.norm(x))
+
+
+class PythonRandom(Users):
+    def forward(self, x):
+        return self.act(self.norm(x)) if random.random() < 2 else x
+
+
+class TorchRandom(Users):
+    def forward(self, x):
+        return self.act(self.norm(x)) * torch.rand(1)
+
+
+class AsksProcess(Users):
+    def forward(self, x):
+        return self.act(self.norm(x)) if torch.is_grad_enabled() else x
+
+
+class Counts(Users):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.act(self.norm(x))
+
+
+class ReadsConfig(Users):
+    def __init__(self):
+        super().__init__()
+        self.config = {"act": True}
+
+    def forward(self, x):
+        return self.act(self.norm(x)) if self.config["act"] else x
+
+
+class Checkpointed(Users):
+    def _inner(self, x):
+        return self.act(self.norm(x))
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self._inner, x, use_reentrant=False)
+
+
+class Catches(Users):
+    def forward(self, x):
+        try:
+            if x.sum() > 0:
+                x = x + 1
+        except Exception:
+            x = x + 2
+        return self.act(self.norm(x))
+
+
+class ReturnsOrderedDict(Users):
+    def forward(self, x):
+        return collections.OrderedDict(x=self.act(self.norm(x)))
+
+
+class IntoShortcut(Users):
+    def forward(self, x):
+        y = x * 1
+        z = y
+        y += self.norm(x)
+        return self.act(y) + z
+
+
+SKIPPED = [
+    (Users, "users"),
+    (Twice, "called 2 times"),
+    (ReadsTraining, "training"),
+    (ReadsChildTraining, "training"),
+    (ReadsTrainingByProperty, "training"),
+    (DataDependent, "TraceError"),
+    (AsksType, "isinstance"),
+    (AsksNone, "mask is None"),
+    (StarArguments, r"takes \*xs"),
+    (KeywordArguments, r"takes \*\*options"),
+    (Context, "with statement"),
+    (Decorated, "decorated"),
+    (PythonRandom, "random"),
+    (TorchRandom, "rand on no input"),
+    (AsksProcess, "is_grad_enabled"),
+    (Counts, "sets calls"),
+    (ReadsConfig, "reads config"),
+    (Checkpointed, "which a trace would lose"),
+    (Catches, "try"),
+    (ReturnsOrderedDict, "a OrderedDict would become a plain container"),
+    (IntoShortcut, "in place into another tensor"),
+]
+
+
+@pytest.mark.parametrize(("cls", "why"), SKIPPED)
+def test_forwards_that_a_trace_would_change_are_skipped(cls, why):
+    # beside it, a Sequential that can be fused: the rest goes on
+    model = nn.ModuleDict({"odd": cls(), "plain": nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())})
+    before = snapshot(model["odd"])
+    report = fuse_(model)
+    assert report.changed == 2
+    assert list(reasons(report)) == ["odd.norm"]
+    with pytest.raises(AssertionError, match=why):
+        raise AssertionError(reasons(report)["odd.norm"])
+    assert_untouched(model["odd"], before)
+
+
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
+)
+@pytest.mark.parametrize("part", [0, 1])
+def test_hooks_on_either_part_are_respected(register, part):
+    model = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
+    getattr(model[part], register)(lambda *arguments: None)
+    report = fuse_(model)
+    assert "hooks on the" in reasons(report)["0"]
+    assert report.changed == 0
+    parent = Residual(in_place)
+    getattr((parent.bn1, parent.relu)[part], register)(lambda *arguments: None)
+    assert "hooks on the" in reasons(fuse_(parent))["bn1"]
+
+
+class Taps(nn.Module):
+    """Collects outputs inside its Sequential."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
+
+    def forward(self, x):
+        outputs = []
+        for layer in self.layers:
+            x = layer(x)
+            outputs.append(x)
+        return torch.cat(outputs)
+
+
+def test_a_norm_whose_output_leaves_its_sequential_is_skipped():
+    assert reasons(fuse_(Taps())) == {"layers.0": "its output is used outside its Sequential"}
+
+
+def test_a_norm_by_itself_and_other_models():
+    assert reasons(fuse_(nn.BatchNorm2d(C))) == {"": "it is the model itself: nothing follows it"}
+    assert len(fuse_(nn.Linear(2, 2))) == 0
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module in place, got int"):
+        fuse_(3)
+
+
+class MutatedBetween(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(C)
+
+    def forward(self, x):
+        x = x * 1
+        y = self.norm(x)
+        x.mul_(3)
+        return torch.relu(y + x)
+
+
+def test_a_norm_is_not_moved_behind_a_change_of_its_input():
+    assert "in-place operation" in reasons(fuse_(MutatedBetween()))["norm"]
