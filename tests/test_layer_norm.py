@@ -1,4 +1,5 @@
-"""Layer norm: torch's numbers, errors and dtypes, on the reference path and in interpreted Triton kernels."""
+"""Layer norm: torch's numbers, errors and dtypes, on the reference path and in interpreted Triton
+kernels."""
 
 from __future__ import annotations
 
@@ -21,8 +22,12 @@ from fastnorm.ops.layer_norm import layer_norm, output_dtype
 
 BACKENDS = ["reference", "triton"]
 HALF = (torch.float16, torch.bfloat16)
-NUMPY_WARNS = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of inf and 0 / 0, in which the interpreter computes
-TORCH_WARNS = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own torch.jit.script, and in its tracer
+NUMPY_WARNS = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # of inf and 0 / 0, in which the interpreter computes
+TORCH_WARNS = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # of its own torch.jit.script, and in its tracer
 
 
 def randn(*shape, dtype=torch.float32, seed=0):
@@ -50,14 +55,17 @@ def results(backend, x, shape, parameters, residual=None, dy=None, cast=None, **
 
 
 def agrees(backend, x, shape, *, affine=True, residual=None, parameter_dtype=None, **options):
-    """Error against fp64 at most twice torch's own; three times in bf16, which the interpreter truncates at stores."""
+    """Error against fp64 at most twice torch's own; three times in bf16, which the interpreter
+    truncates at stores."""
     kind = parameter_dtype or x.dtype
     parameters = [randn(*shape, dtype=kind, seed=s) if affine else None for s in (1, 2)]
     truth = results("auto", x, shape, parameters, residual, cast=torch.float64, **options)
     torchs = results("auto", x, shape, parameters, residual, **options)
     ours = results(backend, x, shape, parameters, residual, **options)
     factor = 3 if backend == "triton" and x.dtype == torch.bfloat16 else 2
-    floor = 2e-15 if x.dtype == torch.float64 else 2e-7  # one rounding of the result, where torch happens to have none
+    floor = (
+        2e-15 if x.dtype == torch.float64 else 2e-7
+    )  # one rounding of the result, where torch happens to have none
     for own, theirs, true in zip(ours, torchs, truth, strict=True):
         assert own.shape == theirs.shape
         assert own.is_contiguous()
@@ -67,9 +75,12 @@ def agrees(backend, x, shape, *, affine=True, residual=None, parameter_dtype=Non
         assert own.dtype == theirs.dtype
 
 
-# one row and several per program, odd sizes, one column, multi-dimensional shapes; KERNELS: N = 769 at mean 1000
+# one row and several per program, odd sizes, one column, multi-dimensional shapes; KERNELS: N = 769
+# at mean 1000
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rows, shape", [(5, (1,)), (5, (31,)), (40, (32,)), (5, (33,)), (3, (769,)), (6, (5, 6, 2))])
+@pytest.mark.parametrize(
+    ("rows", "shape"), [(5, (1,)), (5, (31,)), (40, (32,)), (5, (33,)), (3, (769,)), (6, (5, 6, 2))]
+)
 def test_matches_torch(backend, rows, shape):
     agrees(backend, randn(rows, *shape) + (1000 if shape == (769,) else 0), shape)
 
@@ -99,7 +110,16 @@ def test_fused_activation(activation):
         randn(2, 1, 32).expand(2, 5, 32),
         randn(2, 3, 4, 8).to(memory_format=torch.channels_last),
     ],
-    ids=["nhwc", "nhwc-odd", "nhwc-wide", "every-other-row", "columns", "strided-columns", "expanded", "channels-last"],
+    ids=[
+        "nhwc",
+        "nhwc-odd",
+        "nhwc-wide",
+        "every-other-row",
+        "columns",
+        "strided-columns",
+        "expanded",
+        "channels-last",
+    ],
 )
 def test_strides(backend, x):
     agrees(backend, x, tuple(x.shape[-1:]))
@@ -116,7 +136,13 @@ def test_gradients_of_any_strides(backend):
 def small_limits(monkeypatch):
     """The forms of long rows on short ones: the interpreter takes 5 ms a program."""
     triton = pytest.importorskip("fastnorm.ops.layer_norm.triton")
-    limits = {"FORWARD_COLS": 64, "BACKWARD_COLS": 64, "BLOCK": 32, "CHUNK": 64, "BACKWARD_BLOCK": 64}
+    limits = {
+        "FORWARD_COLS": 64,
+        "BACKWARD_COLS": 64,
+        "BLOCK": 32,
+        "CHUNK": 64,
+        "BACKWARD_BLOCK": 64,
+    }
     for name, value in limits.items():
         monkeypatch.setattr(triton, name, value)
     return lambda name, value: monkeypatch.setattr(triton, name, value)
@@ -124,13 +150,18 @@ def small_limits(monkeypatch):
 
 # whole blocks, a ragged end, an end of one
 @pytest.mark.parametrize("columns", [128, 200, 257])
-@pytest.mark.parametrize("shared_row", [1, 1 << 30], ids=["many programs a row", "one program a row"])
+@pytest.mark.parametrize(
+    "shared_row", [1, 1 << 30], ids=["many programs a row", "one program a row"]
+)
 @pytest.mark.parametrize("group_bytes", [1 << 20, 1], ids=["interleaved", "two phases"])
 def test_long_rows(small_limits, monkeypatch, columns, shared_row, group_bytes):
     small_limits("SHARED_ROW", shared_row)
     small_limits("GROUP_BYTES", group_bytes)
     monkeypatch.setattr(launch, "INTERPRETER_PROCESSORS", 20)  # more than there are rows
-    x, residual = randn(18, columns) + 100, randn(18, columns, seed=5)  # two groups of rows, the second short
+    x, residual = (
+        randn(18, columns) + 100,
+        randn(18, columns, seed=5),
+    )  # two groups of rows, the second short
     agrees("triton", x, (columns,), residual=residual, return_sum=True, activation="silu")
     agrees("triton", x, (columns,), affine=False)
     assert not launch.counters(x, 1).any(), "every launch leaves its counters zero"
@@ -149,11 +180,18 @@ def test_long_rows_need_no_more_than_asked(small_limits):
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1)])
 def test_frozen_parameters(needs):
-    tensors = [t.requires_grad_(bool(n)) for t, n in zip((randn(6, 33), randn(33), randn(33)), needs, strict=True)]
+    tensors = [
+        t.requires_grad_(bool(n))
+        for t, n in zip((randn(6, 33), randn(33), randn(33)), needs, strict=True)
+    ]
     wanted = [t for t in tensors if t.requires_grad]
     with dispatch.backend("triton"):
-        ours = torch.autograd.grad(layer_norm(tensors[0], (33,), *tensors[1:]), wanted, randn(6, 33, seed=3))
-    torchs = torch.autograd.grad(F.layer_norm(tensors[0], (33,), *tensors[1:]), wanted, randn(6, 33, seed=3))
+        ours = torch.autograd.grad(
+            layer_norm(tensors[0], (33,), *tensors[1:]), wanted, randn(6, 33, seed=3)
+        )
+    torchs = torch.autograd.grad(
+        F.layer_norm(tensors[0], (33,), *tensors[1:]), wanted, randn(6, 33, seed=3)
+    )
     torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5)
 
 
@@ -202,7 +240,9 @@ def test_errors_are_torchs(backend, arguments):
 def test_bad_input(backend):
     x = randn(2, 4)
     with dispatch.backend(backend):
-        with pytest.raises(ValueError, match="unknown activation 'swash': choose one of identity, relu"):
+        with pytest.raises(
+            ValueError, match="unknown activation 'swash': choose one of identity, relu"
+        ):
             layer_norm(x, (4,), activation="swash")
         with pytest.raises(ValueError, match="unknown autocast 'output'"):
             layer_norm(x, (4,), autocast="output")
@@ -217,13 +257,18 @@ def test_bad_input(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("weight, bias", [(randn(5), None), (None, randn(5)), (None, None)])
+@pytest.mark.parametrize(("weight", "bias"), [(randn(5), None), (None, randn(5)), (None, None)])
 def test_one_parameter_or_none(backend, weight, bias):
     with dispatch.backend(backend):
-        torch.testing.assert_close(layer_norm(randn(3, 5), (5,), weight, bias), F.layer_norm(randn(3, 5), (5,), weight, bias))
+        torch.testing.assert_close(
+            layer_norm(randn(3, 5), (5,), weight, bias),
+            F.layer_norm(randn(3, 5), (5,), weight, bias),
+        )
 
 
-@pytest.mark.parametrize("arguments, options", [((4,), {}), (([2, 3],), {"eps": 1e-3}), ((4,), {"bias": False})])
+@pytest.mark.parametrize(
+    ("arguments", "options"), [((4,), {}), (([2, 3],), {"eps": 1e-3}), ((4,), {"bias": False})]
+)
 def test_module_is_torchs(arguments, options):
     ours, theirs = LayerNorm(*arguments, **options), torch.nn.LayerNorm(*arguments, **options)
     assert repr(ours) == repr(theirs)
@@ -262,7 +307,9 @@ def test_degenerate_rows(backend):
         assert torch.equal(layer_norm(randn(4, 1), (1,), torch.ones(1), bias), bias.expand(4, 1))
         assert layer_norm(torch.ones(2, 4), (4,), eps=0.0).isnan().all()
         assert torch.equal(layer_norm(torch.full((2, 33), 1e4), (33,)), torch.zeros(2, 33))
-        torch.testing.assert_close(layer_norm(randn(2, 4), (4,), eps=0.0), F.layer_norm(randn(2, 4), (4,), eps=0.0))
+        torch.testing.assert_close(
+            layer_norm(randn(2, 4), (4,), eps=0.0), F.layer_norm(randn(2, 4), (4,), eps=0.0)
+        )
         rows = randn(3, 40)
         rows[1, 7], rows[2, 3] = float("inf"), float("nan")
         y = layer_norm(rows, (40,))
@@ -294,7 +341,11 @@ def test_inf_in_a_long_row(small_limits):
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_mixed_dtypes(backend):
     for kind, parameter in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
-        x, weight, bias = randn(6, 33, dtype=kind), randn(33, dtype=parameter), randn(33, dtype=parameter, seed=1)
+        x, weight, bias = (
+            randn(6, 33, dtype=kind),
+            randn(33, dtype=parameter),
+            randn(33, dtype=parameter, seed=1),
+        )
         y, *gradients = results(backend, x, (33,), (weight, bias))
         assert [t.dtype for t in (y, *gradients)] == [kind, kind, parameter, parameter]
         true = F.layer_norm(x.double(), (33,), weight.double(), bias.double())
@@ -333,7 +384,8 @@ def test_autocast_gives_fp32_unless_told_otherwise(monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fp32_output_of_half_input(backend, monkeypatch):
-    """What CUDA autocast asks of the kernels: bf16 read, fp32 written, and a bf16 gradient of an fp32 one."""
+    """What CUDA autocast asks of the kernels: bf16 read, fp32 written, and a bf16 gradient of an
+    fp32 one."""
     monkeypatch.setattr(family, "output_dtype", lambda input, autocast: torch.float32)
     x, weight = randn(4, 40, dtype=torch.bfloat16).requires_grad_(), randn(40).requires_grad_()
     with dispatch.backend(backend):
@@ -357,7 +409,9 @@ def test_the_output_may_change_and_the_input_may_not(backend):
         before = y.grad_fn
         with torch.no_grad():
             y.zero_()
-        assert torch.equal(torch.autograd.grad(y, x, randn(4, 40, seed=3), retain_graph=True)[0], expected[0])
+        assert torch.equal(
+            torch.autograd.grad(y, x, randn(4, 40, seed=3), retain_graph=True)[0], expected[0]
+        )
         assert y.grad_fn is before
         with torch.no_grad():
             x.add_(1)
@@ -371,9 +425,12 @@ def test_torch_func_and_forward_mode(backend):
     x, weight = randn(3, 4, 8), randn(8, seed=1)
     with dispatch.backend(backend):
         torch.testing.assert_close(
-            torch.func.vmap(lambda row: layer_norm(row, (8,), weight))(x), F.layer_norm(x, (8,), weight)
+            torch.func.vmap(lambda row: layer_norm(row, (8,), weight))(x),
+            F.layer_norm(x, (8,), weight),
         )
-        _, tangent = torch.func.jvp(lambda x: layer_norm(x, (8,), weight), (x,), (torch.ones_like(x),))
+        _, tangent = torch.func.jvp(
+            lambda x: layer_norm(x, (8,), weight), (x,), (torch.ones_like(x),)
+        )
         assert tangent.abs().max() < 1e-4
 
 
@@ -381,7 +438,9 @@ def test_torch_func_and_forward_mode(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("residual", [randn(8), randn(3, 1, 8), randn(2, 3, 4, 8, dtype=torch.float64)[0]])
+@pytest.mark.parametrize(
+    "residual", [randn(8), randn(3, 1, 8), randn(2, 3, 4, 8, dtype=torch.float64)[0]]
+)
 def test_a_residual_that_torch_can_add(backend, residual):
     x = randn(3, 4, 8)
     with dispatch.backend(backend):
@@ -391,7 +450,10 @@ def test_a_residual_that_torch_can_add(backend, residual):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_are_of_the_sum_that_is_returned(backend):
-    x, residual = randn(4, 64, dtype=torch.bfloat16) * 100, randn(4, 64, dtype=torch.bfloat16, seed=1)
+    x, residual = (
+        randn(4, 64, dtype=torch.bfloat16) * 100,
+        randn(4, 64, dtype=torch.bfloat16, seed=1),
+    )
     with dispatch.backend(backend):
         y, total = layer_norm(x, (64,), residual=residual, return_sum=True)
         torch.testing.assert_close(y, layer_norm(total, (64,)), rtol=0, atol=0)
@@ -403,7 +465,7 @@ def test_only_the_sum_is_used(backend):
     with dispatch.backend(backend):
         _, total = layer_norm(x, (8,), residual=residual, return_sum=True)
         dx, dresidual = torch.autograd.grad(total, (x, residual), randn(4, 8, seed=3))
-        y, same = layer_norm(x, (8,), return_sum=True)
+        _y, same = layer_norm(x, (8,), return_sum=True)
     assert torch.equal(dx, randn(4, 8, seed=3))
     assert torch.equal(dresidual, dx)
     assert same is x
@@ -418,19 +480,28 @@ def test_operators(backend):
     checks = ("test_schema", "test_faketensor")
     with dispatch.backend(backend):
         forward = (x, residual, weight, weight, 1, 1e-5, "silu", torch.float32, True)
-        torch.library.opcheck(torch.ops.fastnorm.layer_norm_forward.default, forward, test_utils=checks)
+        torch.library.opcheck(
+            torch.ops.fastnorm.layer_norm_forward.default, forward, test_utils=checks
+        )
         _, mean, rstd, total = torch.ops.fastnorm.layer_norm_forward(*forward)
         backward = (total, x, residual, weight, weight, mean, rstd, 1, "silu", [True, True, True])
-        torch.library.opcheck(torch.ops.fastnorm.layer_norm_backward.default, backward, test_utils=checks)
+        torch.library.opcheck(
+            torch.ops.fastnorm.layer_norm_backward.default, backward, test_utils=checks
+        )
 
 
 @TORCH_WARNS
 def test_compiles():
     def f(x, residual, weight, bias):
-        y, total = layer_norm(x, (8,), weight, bias, residual=residual, return_sum=True, activation="silu")
+        y, total = layer_norm(
+            x, (8,), weight, bias, residual=residual, return_sum=True, activation="silu"
+        )
         return y * 2 + total
 
-    inputs = [randn(*shape, seed=s).requires_grad_() for s, shape in enumerate(((3, 8), (3, 8), (8,), (8,)))]
+    inputs = [
+        randn(*shape, seed=s).requires_grad_()
+        for s, shape in enumerate(((3, 8), (3, 8), (8,), (8,)))
+    ]
     with dispatch.backend("reference"):
         found = []
         for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):

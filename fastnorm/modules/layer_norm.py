@@ -12,14 +12,16 @@ from fastnorm.ops.layer_norm import layer_norm
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """``torch.nn.LayerNorm`` with an optional activation and an optional residual in the same kernels.
+    """``torch.nn.LayerNorm`` with an optional activation and an optional residual in the same
+    kernels.
 
     .. math:: y = f(\\operatorname{layer\\_norm}(x + r))
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: torch's.
         activation: the name of one, see :func:`fastnorm.functional.activation`; None is none.
-        autocast: None gives fp32 for half input under CUDA autocast, as torch; "input" keeps the input's dtype.
+        autocast: None gives fp32 for half input under CUDA autocast, as torch; "input" keeps the
+            input's dtype.
 
     Raises:
         ValueError: unknown ``activation`` or ``autocast``.
@@ -36,12 +38,15 @@ class LayerNorm(torch.nn.LayerNorm):
     activation: str | None = None
     autocast: str | None = None
 
-    def __init__(self, *args: Any, activation: str | None = None, autocast: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, activation: str | None = None, autocast: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         check_name(activation)
         if autocast not in (None, "input"):
             raise ValueError(
-                f"unknown autocast {autocast!r}: choose None (fp32 as torch) or 'input' (the input's dtype)"
+                f"unknown autocast {autocast!r}: choose None (fp32 as torch) "
+                "or 'input' (the input's dtype)"
             )
         self.activation = activation
         self.autocast = autocast

@@ -1,4 +1,5 @@
-"""Layer norm, with an optional residual added before it and an optional activation after it, in one kernel each way."""
+"""Layer norm, with an optional residual added before it and an optional activation after it, in one
+kernel each way."""
 
 from __future__ import annotations
 
@@ -61,24 +62,26 @@ def _backward_outputs(
 _forward = register(
     "layer_norm",
     "layer_norm_forward",
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int dims, float eps, str activation, "
-    "ScalarType dtype, bool want_sum) -> (Tensor, Tensor, Tensor, Tensor?)",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int dims, float eps, "
+    "str activation, ScalarType dtype, bool want_sum) -> (Tensor, Tensor, Tensor, Tensor?)",
     _forward_outputs,
 )
 _backward = register(
     "layer_norm",
     "layer_norm_backward",
-    "(Tensor x, Tensor dy, Tensor? dsum, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, int dims, "
-    "str activation, bool[3] needs) -> (Tensor?, Tensor?, Tensor?)",
+    "(Tensor x, Tensor dy, Tensor? dsum, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    "int dims, str activation, bool[3] needs) -> (Tensor?, Tensor?, Tensor?)",
     _backward_outputs,
 )
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """(y, sum) = (activation(layer_norm(sum)), x + residual); saves the sum (x alone without a residual), never y.
+    """(y, sum) = (activation(layer_norm(sum)), x + residual); saves the sum (x alone without a
+    residual), never y.
 
-    The sum is an output whenever a residual is given and a gradient is needed, wanted by the caller or not: what
-    backward saves is then part of the graph, and double backward finds its way through it to x and the residual.
+    The sum is an output whenever a residual is given and a gradient is needed, wanted by the caller
+    or not: what backward saves is then part of the graph, and double backward finds its way through
+        it to x and the residual.
     """
 
     @staticmethod
@@ -95,7 +98,9 @@ class LayerNormFunction(torch.autograd.Function):
         return_sum: bool,
     ) -> tuple[Tensor, Tensor | None]:
         want_sum = residual is not None and (return_sum or any(ctx.needs_input_grad))
-        y, mean, rstd, total = _forward(x, residual, weight, bias, dims, eps, activation, dtype, want_sum)
+        y, mean, rstd, total = _forward(
+            x, residual, weight, bias, dims, eps, activation, dtype, want_sum
+        )
         ctx.set_materialize_grads(False)
         ctx.dims, ctx.eps, ctx.activation = dims, eps, activation
         ctx.save_for_backward(x if residual is None else total, weight, bias, mean, rstd)
@@ -111,8 +116,12 @@ class LayerNormFunction(torch.autograd.Function):
         elif torch.is_grad_enabled():
             shape = list(x.shape[x.dim() - ctx.dims :])
 
-            def composite(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-                y = reference.composite(x, weight, bias, shape, ctx.eps, ctx.activation).to(dy.dtype)
+            def composite(
+                x: Tensor, weight: Tensor | None, bias: Tensor | None
+            ) -> tuple[Tensor, ...]:
+                y = reference.composite(x, weight, bias, shape, ctx.eps, ctx.activation).to(
+                    dy.dtype
+                )
                 return (y,) if dsum is None else (y, x * 1)
 
             gradients = (dy,) if dsum is None else (dy, dsum)
@@ -130,26 +139,34 @@ class LayerNormFunction(torch.autograd.Function):
         )
 
 
-def _check(input: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """Raise torch's own error for what torch rejects too, and say which device is the odd one out."""
+def _check(
+    input: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> None:
+    """Raise torch's own error for what torch rejects too, and say which device is the odd one
+    out."""
     last = input.dim() - len(shape)
-    well_formed = shape and last >= 0 and list(input.shape[last:]) == shape and input.is_floating_point()
+    well_formed = (
+        shape and last >= 0 and list(input.shape[last:]) == shape and input.is_floating_point()
+    )
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             continue
         well_formed = well_formed and list(parameter.shape) == shape
         if parameter.device != input.device:
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but input is on {input.device} and {name} is on "
-                f"{parameter.device}"
+                f"Expected all tensors to be on the same device, but input is on "
+                f"{input.device} and {name} is on {parameter.device}"
             )
     if not well_formed:
         F.layer_norm(input, shape, weight, bias, eps)
-        raise NotImplementedError(f'"layer_norm" not implemented for {input.dtype}: give a floating-point tensor')
+        raise NotImplementedError(
+            f'"layer_norm" not implemented for {input.dtype}: give a floating-point tensor'
+        )
 
 
 def output_dtype(input: Tensor, autocast: str | None) -> torch.dtype:
-    """fp32 for half input under CUDA autocast, as torch's layer norm, unless autocast is "input"; else input's dtype."""
+    """fp32 for half input under CUDA autocast, as torch's layer norm, unless autocast is "input";
+    else input's dtype."""
     half = input.dtype in (torch.float16, torch.bfloat16)
     if half and autocast is None and input.is_cuda and torch.is_autocast_enabled("cuda"):
         return torch.float32
@@ -168,15 +185,18 @@ def layer_norm(
     return_sum: bool = False,
     autocast: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Normalise every row (the last dimensions), optionally of a sum with a residual, optionally followed by an activation.
+    """Normalise every row (the last dimensions), optionally of a sum with a residual, optionally
+    followed by an activation.
 
     .. math::
         s = x + r, \\qquad
-        y = f\\left(\\frac{s - \\operatorname{E}[s]}{\\sqrt{\\operatorname{Var}[s] + \\epsilon}}\\,w + b\\right)
+        y = f\\left(\\frac{s - \\operatorname{E}[s]}{\\sqrt{\\operatorname{Var}[s] + \\epsilon}}\\,w
+        + b\\right)
 
-    Statistics are taken in fp32 (fp64 for fp64) of the sum as it is returned and saved, rounded to the input's dtype:
-    y is then the norm of the tensor that the residual stream carries on, and backward, which has that tensor alone,
-    differentiates the function that forward computed. It is also what the two layers compute one after the other.
+    Statistics are taken in fp32 (fp64 for fp64) of the sum as it is returned and saved, rounded to
+    the input's dtype: y is then the norm of the tensor that the residual stream carries on, and
+    backward, which has that tensor alone, differentiates the function that forward computed. It is
+    also what the two layers compute one after the other.
 
     Args:
         input: ``[*, *normalized_shape]``, floating point, any strides.
@@ -184,18 +204,20 @@ def layer_norm(
         weight, bias: ``[*normalized_shape]`` or None, of any floating dtype.
         eps: added to the (biased) variance, in units of the input squared.
         activation: the name of one, see :func:`fastnorm.functional.activation`; None is none.
-        residual: added to the input first. Shape and dtype of the input in the fused kernel; anything else that
-            torch can add is added before it.
-        return_sum: return ``(y, input + residual)``: the pre-norm residual stream and its gradient stay in the same
-            kernels. Without a residual the second is ``input`` itself.
-        autocast: None gives fp32 for half input under CUDA autocast, as torch; "input" keeps the input's dtype.
+        residual: added to the input first. Shape and dtype of the input in the fused kernel;
+            anything else that torch can add is added before it.
+        return_sum: return ``(y, input + residual)``: the pre-norm residual stream and its gradient
+            stay in the same kernels. Without a residual the second is ``input`` itself.
+        autocast: None gives fp32 for half input under CUDA autocast, as torch; "input" keeps the
+            input's dtype.
 
     Returns:
         The input's shape, row-major, in the input's dtype; with the sum where ``return_sum``.
 
     Raises:
-        RuntimeError: ``normalized_shape`` is empty or does not match the input, ``weight`` or ``bias`` (torch's text);
-            parameters on another device; a residual that torch could not add.
+        RuntimeError: ``normalized_shape`` is empty or does not match the input, ``weight`` or
+            ``bias`` (torch's text); parameters on another device; a residual that torch could not
+            add.
         NotImplementedError: ``input`` is not floating point.
         ValueError: unknown ``activation`` or ``autocast``.
 
@@ -209,7 +231,10 @@ def layer_norm(
     """
     name = check_name(activation)
     if autocast not in (None, "input"):
-        raise ValueError(f"unknown autocast {autocast!r}: choose None (fp32 as torch) or 'input' (the input's dtype)")
+        raise ValueError(
+            f"unknown autocast {autocast!r}: choose None (fp32 as torch) "
+            "or 'input' (the input's dtype)"
+        )
     shape = list(normalized_shape)
     if residual is not None and not _fusible(input, residual):
         input, residual = input + residual, None
@@ -227,4 +252,8 @@ def layer_norm(
 
 
 def _fusible(input: Tensor, residual: Tensor) -> bool:
-    return residual.shape == input.shape and residual.dtype == input.dtype and residual.device == input.device
+    return (
+        residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+    )

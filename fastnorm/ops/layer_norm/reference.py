@@ -1,4 +1,5 @@
-"""Layer norm on ATen's own kernels: the oracle everywhere, the implementation where there is no GPU."""
+"""Layer norm on ATen's own kernels: the oracle everywhere, the implementation where there is no
+GPU."""
 
 from __future__ import annotations
 
@@ -25,14 +26,19 @@ def composite(
     eps: float,
     activation: str,
 ) -> Tensor:
-    """Layer norm and its activation as torch's own functions, differentiable any number of times."""
+    """Layer norm and its activation as torch's own functions, differentiable any number of
+    times."""
     mixed = any(p is not None and p.dtype != x.dtype for p in (weight, bias))
     if not mixed or torch.is_autocast_enabled(x.device.type):
         y = F.layer_norm(x, shape, weight, bias, eps)
     else:  # torch rejects most mixtures of dtypes, and what it accepts it computes in fp32 too
-        kind = torch.float64 if torch.float64 in {t.dtype for t in (x, weight, bias) if t is not None} else torch.float32
-        parameters = [None if p is None else p.to(kind) for p in (weight, bias)]
-        y = F.layer_norm(x.to(kind), shape, *parameters, eps).to(x.dtype)
+        kind = (
+            torch.float64
+            if torch.float64 in {t.dtype for t in (x, weight, bias) if t is not None}
+            else torch.float32
+        )
+        w, b = (None if p is None else p.to(kind) for p in (weight, bias))
+        y = F.layer_norm(x.to(kind), shape, w, b, eps).to(x.dtype)
     return y if activation == "identity" else ACTIVATIONS[activation].value(y)
 
 

@@ -1,4 +1,5 @@
-"""Layer norm on Triton: how the kernels of triton_forward.py and triton_backward.py are launched."""
+"""Layer norm on Triton: how the kernels of triton_forward.py and triton_backward.py are
+launched."""
 
 from __future__ import annotations
 
@@ -13,28 +14,44 @@ from torch import Tensor
 
 from fastnorm import layout
 from fastnorm.ops import launch
-from fastnorm.ops.activation.triton import ACTIVATIONS
-from fastnorm.ops.layer_norm.triton_backward import backward_kernel, backward_ticket_kernel, finalize_kernel
-from fastnorm.ops.layer_norm.triton_forward import normalize_kernel, normalize_long_kernel, normalize_ticket_kernel
+from fastnorm.ops.activation.triton_values import ACTIVATIONS
+from fastnorm.ops.layer_norm.triton_backward import (
+    backward_kernel,
+    backward_ticket_kernel,
+    finalize_kernel,
+)
+from fastnorm.ops.layer_norm.triton_forward import (
+    normalize_kernel,
+    normalize_long_kernel,
+    normalize_ticket_kernel,
+)
 
-# Columns up to which a row lives in registers: forward 32 elements a thread; backward keeps x, dy and the gradients of
-# the parameters. See _in_registers for what halves them.
+# Columns up to which a row lives in registers: forward 32 elements a thread; backward keeps x, dy
+# and the gradients of the parameters. See _in_registers for what halves them.
 FORWARD_COLS, BACKWARD_COLS = 16384, 8192
-# Read transposed (rows adjacent), a tile has at least 16 rows: what that leaves of columns in registers.
+# Read transposed (rows adjacent), a tile has at least 16 rows: what that leaves of columns in
+# registers.
 FORWARD_TRANSPOSED_COLS, BACKWARD_TRANSPOSED_COLS = 1024, 256
-SHARED_ROW = 65536  # columns from which several programs share a row, where there are fewer rows than processors
+# Columns from which several programs share a row, where there are fewer rows than processors.
+SHARED_ROW = 65536
 BLOCK, CHUNK, BACKWARD_BLOCK = 4096, 16384, 1024
-GROUP, GROUP_BYTES = 16, 16 << 20  # rows per arrival counter; beyond these bytes a group does not stay in L2
+GROUP, GROUP_BYTES = (
+    16,
+    16 << 20,
+)  # rows per arrival counter; beyond these bytes a group does not stay in L2
 
 
 def split(value: float) -> tuple[float, float]:
-    """value as the sum of two fp32 numbers: Triton passes scalars as fp32, and fp64 kernels need more."""
+    """value as the sum of two fp32 numbers: Triton passes scalars as fp32, and fp64 kernels need
+    more."""
     (head,) = struct.unpack("f", struct.pack("f", value))
     return head, value - head
 
 
 def _constants(x: Tensor, **others: Any) -> dict[str, Any]:
-    return dict(WIDE=tl.float64 if x.dtype == torch.float64 else tl.float32, enable_fp_fusion=True, **others)
+    return dict(
+        WIDE=tl.float64 if x.dtype == torch.float64 else tl.float32, enable_fp_fusion=True, **others
+    )
 
 
 def _transposed(view: Tensor) -> bool:
@@ -50,11 +67,14 @@ def _views(dims: int, transposed_cols: int, *tensors: Tensor) -> list[Tensor]:
         if tensors[0].dtype == torch.float64:
             transposed_cols = 0
         in_place = [
-            view.stride(2) == 1 or cols == 1 or (_transposed(view) and cols <= transposed_cols) for view in views
+            view.stride(2) == 1 or cols == 1 or (_transposed(view) and cols <= transposed_cols)
+            for view in views
         ]
         if all(in_place):
             return views
-        tensors = tuple(x if good else x.contiguous() for x, good in zip(tensors, in_place, strict=True))
+        tensors = tuple(
+            x if good else x.contiguous() for x, good in zip(tensors, in_place, strict=True)
+        )
     else:
         tensors = tuple(x.contiguous() for x in tensors)
     views = layout.rows(dims, *tensors)
@@ -98,17 +118,25 @@ def _parameter(parameter: Tensor | None) -> Tensor | None:
 
 
 def _in_registers(x: Tensor, N: int, cols: int, light: bool = True) -> bool:
-    """Whether rows stay in registers: of `cols` columns, half where an access or an activation takes registers too."""
+    """Whether rows stay in registers: of `cols` columns, half where an access or an activation
+    takes registers too."""
     if x.dtype == torch.float64:
         cols //= 4
-    return N <= (cols if light and N % max(1, 16 // x.element_size()) == 0 else cols // 2)
+    return N <= (cols if light and N % max(1, 16 // x.element_size()) == 0 else cols // 2)  # noqa: SIM300
 
 
 def _tile(N: int, thread: int, transposed: bool, warps: int) -> dict[str, int]:
-    """ROWS, COLS and warps of a tile of whole rows, `thread` elements a thread where `warps` warps reach that far."""
+    """ROWS, COLS and warps of a tile of whole rows, `thread` elements a thread where `warps` warps
+    reach that far."""
     cols = triton.next_power_of_2(N)
-    rows = min(128, max(16 if transposed else 1, 4 * 32 * thread * (2 if transposed else 1) // cols))
-    return {"ROWS": rows, "COLS": cols, "num_warps": min(warps, max(4, rows * cols // (32 * thread)))}
+    rows = min(
+        128, max(16 if transposed else 1, 4 * 32 * thread * (2 if transposed else 1) // cols)
+    )
+    return {
+        "ROWS": rows,
+        "COLS": cols,
+        "num_warps": min(warps, max(4, rows * cols // (32 * thread))),
+    }
 
 
 def layer_norm_forward(
@@ -127,7 +155,7 @@ def layer_norm_forward(
     total: Tensor | None,  # [..., *shape]
 ) -> None:
     M, N = mean.numel(), math.prod(x.shape[x.dim() - dims :])
-    if M * N == 0:
+    if mean.numel() == 0 or N == 0:
         mean.zero_()
         rstd.fill_(math.nan)
         return
@@ -144,7 +172,8 @@ def layer_norm_forward(
     tile = _tile(N, 16, transposed, 16)
     tiles = triton.cdiv(S, tile["ROWS"])
     normalize_kernel[(B * tiles,)](
-        y, total, mean, rstd, views[0], None if residual is None else views[1], weight, bias, *split(eps),
+        y, total, mean, rstd, views[0], None if residual is None else views[1], weight, bias,
+        *split(eps),
         S // row_align, N // col_align, tiles,
         *_strides(views[0], row_align, col_align), *_strides(views[-1], row_align, col_align)[:2],
         ROW_ALIGN=row_align, COL_ALIGN=col_align, TRANSPOSED=transposed, **tile, **constants,
@@ -161,10 +190,19 @@ def _forward_long(
     outputs = (y, total, mean, rstd)
     operands = (views[0], None if len(views) == 1 else views[1], weight, bias)
     strides = (views[0].stride(1) // align, views[-1].stride(1) // align)
-    constants = dict(constants, COL_ALIGN=align, BLOCK=BLOCK // 2 if y.dtype == torch.float64 else BLOCK, num_warps=8)
+    constants = dict(
+        constants,
+        COL_ALIGN=align,
+        BLOCK=BLOCK // 2 if y.dtype == torch.float64 else BLOCK,
+        num_warps=8,
+    )
+    if y.dtype == torch.float64:  # see _backward_long
+        constants["maxnreg"] = 255
     processors = launch.processors(y.device)
-    if N < SHARED_ROW or M >= processors:
-        normalize_long_kernel[(M,)](*outputs, *operands, *split(eps), N // align, *strides, **constants)
+    if N < SHARED_ROW or M >= processors:  # noqa: SIM300
+        normalize_long_kernel[(M,)](
+            *outputs, *operands, *split(eps), N // align, *strides, **constants
+        )
         return
     chunks = triton.cdiv(N, CHUNK)
     lag = chunks - 1 + processors // 2
@@ -192,7 +230,7 @@ def layer_norm_backward(
     dbias: Tensor | None,  # [*shape]
 ) -> None:
     M, N = mean.numel(), math.prod(x.shape[x.dim() - dims :])
-    if M * N == 0:
+    if mean.numel() == 0 or N == 0:
         for gradient in (dweight, dbias):
             if gradient is not None:
                 gradient.zero_()
@@ -203,7 +241,9 @@ def layer_norm_backward(
     constants = _constants(x, SLOPE=slope)
     resident = _in_registers(x, N, BACKWARD_COLS, light=slope is None and x.element_size() == 2)
     launched = _backward_short if resident else _backward_long
-    parts = launched(x, dy, operands, dims, dx, dweight is not None, dbias is not None, M, N, constants)
+    parts = launched(
+        x, dy, operands, dims, dx, dweight is not None, dbias is not None, M, N, constants
+    )
     if parts is None:
         return
     wanted = [gradient is not None for gradient in (dweight, dbias)]
@@ -216,13 +256,17 @@ def layer_norm_backward(
 
 
 def _programs(M: int, N: int, processors: int) -> int:
-    """Persistent programs: many where rows are short, one per processor where they are long, 16 rows each at least."""
+    """Persistent programs: many where rows are short, one per processor where they are long, 16
+    rows each at least."""
     each = 16 if N <= 256 else 8 if N <= 1024 else 4 if N <= 2048 else 2 if N <= 4096 else 1
-    return min(processors * each, triton.cdiv(M, 16))
+    return min(processors * each, -(-M // 16))
 
 
-def _parts(like: Tensor, spans: int, N: int, *wanted: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The workspace of partial parameter gradients [wanted, spans, N], and its part for weight and for bias."""
+def _parts(
+    like: Tensor, spans: int, N: int, *wanted: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The workspace of partial parameter gradients [wanted, spans, N], and its part for weight and
+    for bias."""
     if not any(wanted):
         return None, None, None
     parts = torch.empty((sum(wanted), spans, N), dtype=like.dtype, device=like.device)
@@ -231,20 +275,30 @@ def _parts(like: Tensor, spans: int, N: int, *wanted: bool) -> tuple[Tensor | No
 
 def _backward_short(
     x: Tensor, dy: Tensor, operands: tuple[Any, ...], dims: int,
-    dx: Tensor | None, wants_weight: bool, wants_bias: bool, M: int, N: int, constants: dict[str, Any],
+    dx: Tensor | None, wants_weight: bool, wants_bias: bool, M: int, N: int, constants: dict[str,
+    Any],
 ) -> Tensor | None:  # fmt: skip
     views = _views(dims, BACKWARD_TRANSPOSED_COLS, x, dy)
     B, S, _ = views[0].shape
     row_align, col_align = _align(views)
     transposed = any(_transposed(view) for view in views)
-    thread = 16 if transposed else 4 if col_align * x.element_size() < 16 or x.dtype == torch.float64 else 8
+    thread = (
+        16
+        if transposed
+        else 4
+        if col_align * x.element_size() < 16 or x.dtype == torch.float64
+        else 8
+    )
     tile = _tile(N, thread, transposed, 8 if transposed else 16)
+    if tile["num_warps"] == 16:  # see _backward_long
+        tile["maxnreg"] = 128
     tiles = triton.cdiv(S, tile["ROWS"])
     programs = min(_programs(M, N, launch.processors(x.device)), B * tiles)
     parts, dweight, dbias = _parts(operands[-1], programs, N, wants_weight, wants_bias)
     backward_kernel[(programs,)](
         dx, dweight, dbias, *views, *operands, B, S // row_align, N // col_align, tiles,
-        *_strides(views[0], row_align, col_align), *_strides(views[1], row_align, col_align), programs,
+        *_strides(views[0], row_align, col_align), *_strides(views[1], row_align, col_align),
+        programs,
         ROW_ALIGN=row_align, COL_ALIGN=col_align,
         X_TRANSPOSED=_transposed(views[0]), DY_TRANSPOSED=_transposed(views[1]),
         PREFETCH=_in_registers(x, N, BACKWARD_COLS // 2), **tile, **constants,
@@ -254,7 +308,8 @@ def _backward_short(
 
 def _backward_long(
     x: Tensor, dy: Tensor, operands: tuple[Any, ...], dims: int,
-    dx: Tensor | None, wants_weight: bool, wants_bias: bool, M: int, N: int, constants: dict[str, Any],
+    dx: Tensor | None, wants_weight: bool, wants_bias: bool, M: int, N: int, constants: dict[str,
+    Any],
 ) -> Tensor | None:  # fmt: skip
     views = _flat(dims, x, dy)
     _, align = _align(views)
@@ -262,14 +317,19 @@ def _backward_long(
     chunks, groups = triton.cdiv(N, block), triton.cdiv(M, GROUP)
     span = 1 if GROUP * N * (x.element_size() + dy.element_size()) <= GROUP_BYTES else groups
     lag = chunks - 1 + launch.processors(x.device) // 2
+    # said explicitly: left to itself the assembler spills a little to reach the next step of
+    # occupancy
+    registers = 128 if align * x.element_size() >= 16 and x.dtype != torch.float64 else 255
     programs = 2 * (groups * chunks + lag) if span == 1 else (groups + 1) * chunks
     spans = groups // span
     parts, dweight, dbias = _parts(operands[-1], spans, N, wants_weight, wants_bias)
     partial, means = ((mean_like(operands[-1], M, n)) for n in (chunks, 1))
     backward_ticket_kernel[(programs,)](
         dx, dweight, dbias, *views, *operands, partial, means, launch.counters(x, 2 + groups),
-        M, N // align, *(view.stride(1) // align for view in views), chunks, groups, span, lag, programs,
-        COL_ALIGN=align, GROUP=GROUP, ROWS=2, BLOCK=block, PARTS=128, num_warps=8, **constants,
+        M, N // align, *(view.stride(1) // align for view in views), chunks, groups, span, lag,
+        programs,
+        COL_ALIGN=align, GROUP=GROUP, ROWS=2, BLOCK=block, PARTS=128, num_warps=8,
+        maxnreg=registers, **constants,
     )  # fmt: skip
     return parts
 

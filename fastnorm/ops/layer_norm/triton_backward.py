@@ -1,4 +1,5 @@
-"""Layer norm backward in Triton: x and dy are read once, parameter gradients are summed on the way, in fp32."""
+"""Layer norm backward in Triton: x and dy are read once, parameter gradients are summed on the way,
+in fp32."""
 
 from __future__ import annotations
 
@@ -7,8 +8,31 @@ import triton.language as tl
 
 from fastnorm.ops.layer_norm.triton_forward import leave_zero, shifted_pointer, tile_pointers
 
-SIZES = ["B", "S", "N", "tiles", "x_batch", "x_row", "x_col", "dy_batch", "dy_row", "dy_col", "programs"]
-LONG_SIZES = ["M", "N", "x_row", "dy_row", "dsum_row", "chunks", "groups", "span", "lag", "programs"]
+SIZES = [
+    "B",
+    "S",
+    "N",
+    "tiles",
+    "x_batch",
+    "x_row",
+    "x_col",
+    "dy_batch",
+    "dy_row",
+    "dy_col",
+    "programs",
+]
+LONG_SIZES = [
+    "M",
+    "N",
+    "x_row",
+    "dy_row",
+    "dsum_row",
+    "chunks",
+    "groups",
+    "span",
+    "lag",
+    "programs",
+]
 
 # pieces of kernels
 
@@ -30,14 +54,18 @@ def store_partial(ptr, part, N, col, sums):
 
 
 @triton.jit
-def sum_parts(out_ptr, part_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+def sum_parts(
+    out_ptr, part_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr
+):
     if out_ptr is not None:
         col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         sums = tl.zeros((BLOCK_P, BLOCK_N), WIDE)
         for start in range(0, P, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
             inside = (p < P)[:, None] & (col < N)[None, :]
-            sums += tl.load(part_ptr + p[:, None].to(tl.int64) * N + col[None, :], mask=inside, other=0.0)
+            sums += tl.load(
+                part_ptr + p[:, None].to(tl.int64) * N + col[None, :], mask=inside, other=0.0
+            )
         tl.store(out_ptr + col, tl.sum(sums, axis=0).to(out_ptr.dtype.element_ty), mask=col < N)
 
 
@@ -77,7 +105,8 @@ def backward_kernel(
     SLOPE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Persistent over strided tiles of whole rows in registers; parameter gradients stay in registers to the end."""
+    """Persistent over strided tiles of whole rows in registers; parameter gradients stay in
+    registers to the end."""
     X_ALIGN: tl.constexpr = ROW_ALIGN if X_TRANSPOSED else COL_ALIGN
     DY_ALIGN: tl.constexpr = ROW_ALIGN if DY_TRANSPOSED else COL_ALIGN
     S = S * ROW_ALIGN
@@ -94,8 +123,12 @@ def backward_kernel(
     first = (tl.program_id(0) % tiles).to(tl.int64) * ROWS
     inside = (first + row < S)[:, None] & col_inside[None, :]
     if PREFETCH:
-        x_at = tile_pointers(x_ptr, batch, first, row, col, x_batch, x_row, x_col, ROWS, X_TRANSPOSED)
-        dy_at = tile_pointers(dy_ptr, batch, first, row, col, dy_batch, dy_row, dy_col, ROWS, DY_TRANSPOSED)
+        x_at = tile_pointers(
+            x_ptr, batch, first, row, col, x_batch, x_row, x_col, ROWS, X_TRANSPOSED
+        )
+        dy_at = tile_pointers(
+            dy_ptr, batch, first, row, col, dy_batch, dy_row, dy_col, ROWS, DY_TRANSPOSED
+        )
         x = tl.load(x_at, mask=inside, other=0.0)
         dy = tl.load(dy_at, mask=inside, other=0.0)
     weight = column(weight_ptr, col, col_inside, 1.0, WIDE)
@@ -103,8 +136,12 @@ def backward_kernel(
         bias = column(bias_ptr, col, col_inside, 0.0, WIDE)
     for tile in range(tl.program_id(0), B * tiles, programs):
         if not PREFETCH:
-            x_at = tile_pointers(x_ptr, batch, first, row, col, x_batch, x_row, x_col, ROWS, X_TRANSPOSED)
-            dy_at = tile_pointers(dy_ptr, batch, first, row, col, dy_batch, dy_row, dy_col, ROWS, DY_TRANSPOSED)
+            x_at = tile_pointers(
+                x_ptr, batch, first, row, col, x_batch, x_row, x_col, ROWS, X_TRANSPOSED
+            )
+            dy_at = tile_pointers(
+                dy_ptr, batch, first, row, col, dy_batch, dy_row, dy_col, ROWS, DY_TRANSPOSED
+            )
             x = tl.load(x_at, mask=inside, other=0.0)
             dy = tl.load(dy_at, mask=inside, other=0.0)
         done_batch, done_first = batch, first
@@ -118,11 +155,17 @@ def backward_kernel(
         first = (following % tiles).to(tl.int64) * ROWS
         inside = (first + row < tl.where(batch < B, S, 0))[:, None] & col_inside[None, :]
         if PREFETCH:  # the next rows are under way while these are worked on
-            x_at = tile_pointers(x_ptr, batch, first, row, col, x_batch, x_row, x_col, ROWS, X_TRANSPOSED)
-            dy_at = tile_pointers(dy_ptr, batch, first, row, col, dy_batch, dy_row, dy_col, ROWS, DY_TRANSPOSED)
+            x_at = tile_pointers(
+                x_ptr, batch, first, row, col, x_batch, x_row, x_col, ROWS, X_TRANSPOSED
+            )
+            dy_at = tile_pointers(
+                dy_ptr, batch, first, row, col, dy_batch, dy_row, dy_col, ROWS, DY_TRANSPOSED
+            )
             x = tl.load(x_at, mask=inside, other=0.0)
             dy = tl.load(dy_at, mask=inside, other=0.0)
-        if not PREFETCH:  # the longest rows: registers are for the gradients, parameters come from L1 again
+        if (
+            not PREFETCH
+        ):  # the longest rows: registers are for the gradients, parameters come from L1 again
             weight = column(weight_ptr, col, col_inside, 1.0, WIDE)
             if SLOPE is not None:
                 bias = column(bias_ptr, col, col_inside, 0.0, WIDE)
@@ -139,10 +182,21 @@ def backward_kernel(
             dx = rstd * (g - m1[:, None] - x_hat * m2[:, None])
             if dsum_ptr is not None:
                 dsum_at = tile_pointers(
-                    dsum_ptr, done_batch, done_first, row, col, S.to(tl.int64) * N, N, 1, ROWS, False
+                    dsum_ptr,
+                    done_batch,
+                    done_first,
+                    row,
+                    col,
+                    S.to(tl.int64) * N,
+                    N,
+                    1,
+                    ROWS,
+                    False,
                 )
                 dx += tl.load(dsum_at, mask=here, other=0.0).to(WIDE)
-            dx_at = tile_pointers(dx_ptr, done_batch, done_first, row, col, S.to(tl.int64) * N, N, 1, ROWS, False)
+            dx_at = tile_pointers(
+                dx_ptr, done_batch, done_first, row, col, S.to(tl.int64) * N, N, 1, ROWS, False
+            )
             tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=here)
     store_partial(dweight_ptr, tl.program_id(0), N, col, dweight)
     store_partial(dbias_ptr, tl.program_id(0), N, col, dbias)
@@ -163,8 +217,12 @@ def row_sums(
         row_inside = row < rows
         inside = row_inside[:, None] & col_inside[None, :]
         r = first + row
-        x = tl.load(x_ptr + r[:, None] * x_row + begin + col[None, :], mask=inside, other=0.0).to(WIDE)
-        dz = tl.load(dy_ptr + r[:, None] * dy_row + begin + col[None, :], mask=inside, other=0.0).to(WIDE)
+        x = tl.load(x_ptr + r[:, None] * x_row + begin + col[None, :], mask=inside, other=0.0).to(
+            WIDE
+        )
+        dz = tl.load(
+            dy_ptr + r[:, None] * dy_row + begin + col[None, :], mask=inside, other=0.0
+        ).to(WIDE)
         mean = tl.load(mean_ptr + r, mask=row_inside, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + r, mask=row_inside, other=0.0)[:, None]
         x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
@@ -179,9 +237,18 @@ def row_sums(
 
 @triton.jit
 def merge_row_sums(
-    total_ptr, partial_ptr, first, rows, chunks, N, ROWS: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr
+    total_ptr,
+    partial_ptr,
+    first,
+    rows,
+    chunks,
+    N,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """Means of g and g * x_hat of `rows` rows from the parts of all chunks, always in the same order."""
+    """Means of g and g * x_hat of `rows` rows from the parts of all chunks, always in the same
+    order."""
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         row_inside = row < rows
@@ -200,7 +267,8 @@ def merge_row_sums(
 
 @triton.jit
 def backward_rows(
-    dx_ptr, total_ptr, x_ptr, dy_ptr, dsum_ptr, bias_ptr, mean_ptr, rstd_ptr, weight, dweight, dbias,
+    dx_ptr, total_ptr, x_ptr, dy_ptr, dsum_ptr, bias_ptr, mean_ptr, rstd_ptr, weight, dweight,
+    dbias,
     first, rows, x_row, dy_row, begin, N,
     NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr,
@@ -213,8 +281,12 @@ def backward_rows(
         row_inside = row < rows
         inside = row_inside[:, None] & col_inside[None, :]
         r = first + row
-        x = tl.load(x_ptr + r[:, None] * x_row + begin + col[None, :], mask=inside, other=0.0).to(WIDE)
-        dz = tl.load(dy_ptr + r[:, None] * dy_row + begin + col[None, :], mask=inside, other=0.0).to(WIDE)
+        x = tl.load(x_ptr + r[:, None] * x_row + begin + col[None, :], mask=inside, other=0.0).to(
+            WIDE
+        )
+        dz = tl.load(
+            dy_ptr + r[:, None] * dy_row + begin + col[None, :], mask=inside, other=0.0
+        ).to(WIDE)
         mean = tl.load(mean_ptr + r, mask=row_inside, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + r, mask=row_inside, other=0.0)[:, None]
         x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
@@ -270,9 +342,11 @@ def backward_ticket_kernel(
 ):
     """Rows too long for registers: columns in chunks, tickets as in the forward.
 
-    First phase: a chunk of a group of rows gives its part of the row sums, the group's last arrival merges them.
-    Second phase: the chunk again (from L2, `lag` tiles later), dx and the parameter gradients. Where a group alone
-    is too large for L2 the second phase starts after the whole first, and a tile covers every row of its columns.
+    First phase: a chunk of a group of rows gives its part of the row sums, the group's last arrival
+        merges them.
+    Second phase: the chunk again (from L2, `lag` tiles later), dx and the parameter gradients.
+    Where a group alone is too large for L2 the second phase starts after the whole first, and a
+    tile covers every row of its columns.
     """
     ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     N = N * COL_ALIGN
@@ -295,7 +369,9 @@ def backward_ticket_kernel(
                 )  # fmt: skip
                 tl.debug_barrier()
                 if tl.atomic_add(counters_ptr + 2 + group, 1, sem="acq_rel") == chunks - 1:
-                    merge_row_sums(total_ptr, partial_ptr, first, rows, chunks, N, ROWS, PARTS, WIDE)
+                    merge_row_sums(
+                        total_ptr, partial_ptr, first, rows, chunks, N, ROWS, PARTS, WIDE
+                    )
                     tl.debug_barrier()
                     tl.atomic_add(counters_ptr + 2 + group, 1, sem="release")
         else:
@@ -310,8 +386,10 @@ def backward_ticket_kernel(
                         pass
                 rows = tl.minimum(M - first, GROUP).to(tl.int32)
                 dweight, dbias = backward_rows(
-                    dx_ptr, total_ptr, x_ptr, dy_ptr, dsum_ptr, bias_ptr, mean_ptr, rstd_ptr, weight, dweight, dbias,
-                    first, rows, x_row, dy_row, begin, N, dweight_ptr is not None, dbias_ptr is not None,
+                    dx_ptr, total_ptr, x_ptr, dy_ptr, dsum_ptr, bias_ptr, mean_ptr, rstd_ptr,
+                    weight, dweight, dbias,
+                    first, rows, x_row, dy_row, begin, N, dweight_ptr is not None,
+                    dbias_ptr is not None,
                     ROWS, BLOCK, SLOPE, WIDE,
                 )  # fmt: skip
                 first += GROUP
@@ -332,7 +410,8 @@ def finalize_kernel(
     BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Sum the partial parameter gradients of all programs, in fixed order, and cast: one grid column per parameter."""
+    """Sum the partial parameter gradients of all programs, in fixed order, and cast: one grid
+    column per parameter."""
     if dweight_ptr is None:
         sum_parts(dbias_ptr, dbias_part_ptr, P, N, BLOCK_P, BLOCK_N, WIDE)
     else:

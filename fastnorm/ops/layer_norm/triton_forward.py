@@ -1,12 +1,14 @@
-"""Layer norm forward in Triton: rows in registers, long rows in two sweeps, very long rows by many programs each."""
+"""Layer norm forward in Triton: rows in registers, long rows in two sweeps, very long rows by many
+programs each."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# Sizes and strides come in units of COL_ALIGN (ROW_ALIGN) elements: Triton knows of an int argument at most that 16
-# divides it, and a 16-byte access needs 4 (fp32) or 8 (16 bit). None of them is specialised: no batch size recompiles.
+# Sizes and strides come in units of COL_ALIGN (ROW_ALIGN) elements: Triton knows of an int argument
+# at most that 16 divides it, and a 16-byte access needs 4 (fp32) or 8 (16 bit). None of them is
+# specialised: no batch size recompiles.
 SIZES = ["S", "N", "tiles", "x_batch", "x_row", "x_col", "residual_batch", "residual_row"]
 LONG_SIZES = ["M", "N", "x_row", "residual_row", "chunks", "lag", "programs"]
 
@@ -15,13 +17,24 @@ LONG_SIZES = ["M", "N", "x_row", "residual_row", "chunks", "lag", "programs"]
 
 @triton.jit
 def tile_pointers(
-    ptr, batch, first, row, col, batch_stride, row_stride, col_stride, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr
+    ptr,
+    batch,
+    first,
+    row,
+    col,
+    batch_stride,
+    row_stride,
+    col_stride,
+    ROWS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """A tile [ROWS, COLS]: its base in int64, columns adjacent or (TRANSPOSED) rows adjacent."""
     base = ptr + batch * batch_stride
     if TRANSPOSED:
         return base + first + row[:, None] + col[None, :].to(tl.int64) * col_stride
-    elif ROWS == 1:  # one address for the row: the columns are then constants apart, and cost no registers
+    elif (
+        ROWS == 1
+    ):  # one address for the row: the columns are then constants apart, and cost no registers
         return base + first * row_stride + col[None, :]
     else:
         return base + first * row_stride + row[:, None].to(tl.int64) * row_stride + col[None, :]
@@ -38,7 +51,8 @@ def read(ptr, inside):
 
 @triton.jit
 def added(x, residual_ptr, inside, WIDE: tl.constexpr):
-    """x + residual as the sum is returned: rounded to the dtype of x. residual_ptr holds one pointer per element."""
+    """x + residual as the sum is returned: rounded to the dtype of x. residual_ptr holds one
+    pointer per element."""
     if residual_ptr is None:
         return x
     else:
@@ -47,8 +61,10 @@ def added(x, residual_ptr, inside, WIDE: tl.constexpr):
 
 @triton.jit
 def inverse_root(variance, eps, eps_low, WIDE: tl.constexpr):
-    shifted = variance + eps + eps_low  # in fp64 the second restores the digits that eps lost as fp32
-    if WIDE == tl.float64:
+    shifted = (
+        variance + eps + eps_low
+    )  # in fp64 the second restores the digits that eps lost as fp32
+    if WIDE == tl.float64:  # noqa: SIM300
         return 1.0 / tl.sqrt(shifted)
     else:
         return 1.0 / tl.sqrt_rn(shifted)
@@ -76,7 +92,8 @@ def shifted_pointer(ptr, offset):
 
 @triton.jit
 def chunk_statistics(x_ptr, residual_ptr, sum_ptr, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Mean and sum of squared deviations of `length` adjacent elements: Welford in every lane, lanes merged by Chan."""
+    """Mean and sum of squared deviations of `length` adjacent elements: Welford in every lane,
+    lanes merged by Chan."""
     lane = tl.arange(0, BLOCK)
     full = length // BLOCK
     mean = tl.zeros((BLOCK,), WIDE)
@@ -84,7 +101,9 @@ def chunk_statistics(x_ptr, residual_ptr, sum_ptr, length, BLOCK: tl.constexpr, 
     seen = tl.full((), 0.0, WIDE)
     offset = tl.full((), 0, tl.int64)
     for _ in range(0, full):  # whole blocks without a mask, so that a ragged end costs them nothing
-        v = added(tl.load(x_ptr + offset + lane), shifted_pointer(residual_ptr, offset + lane), None, WIDE)
+        v = added(
+            tl.load(x_ptr + offset + lane), shifted_pointer(residual_ptr, offset + lane), None, WIDE
+        )
         if sum_ptr is not None:
             tl.store(sum_ptr + offset + lane, v)
         v = v.to(WIDE)
@@ -102,7 +121,8 @@ def chunk_statistics(x_ptr, residual_ptr, sum_ptr, length, BLOCK: tl.constexpr, 
     mean += tl.where(inside, delta / (seen + 1.0), 0.0)
     m2 += tl.where(inside, delta * (v.to(WIDE) - mean), 0.0)
     count = seen + inside.to(WIDE)
-    # the lanes' means are summed as differences from one of about their size: at mean 1e4 their sum would lose digits
+    # the lanes' means are summed as differences from one of about their size: at mean 1e4 their sum
+    # would lose digits
     used = count > 0
     pivot = tl.sum(tl.where(used, mean, 0.0)) / tl.sum(used.to(WIDE))
     whole = pivot + tl.sum((mean - pivot) * count) / length.to(WIDE)
@@ -111,7 +131,17 @@ def chunk_statistics(x_ptr, residual_ptr, sum_ptr, length, BLOCK: tl.constexpr, 
 
 @triton.jit
 def normalize_block(
-    y_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, at, inside, mean, rstd, VALUE: tl.constexpr, WIDE: tl.constexpr
+    y_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    at,
+    inside,
+    mean,
+    rstd,
+    VALUE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     if inside is None:
         v = tl.load(x_ptr + at, eviction_policy="evict_first")
@@ -119,7 +149,9 @@ def normalize_block(
         v = tl.load(x_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first")
     x_hat = (added(v, shifted_pointer(residual_ptr, at), inside, WIDE).to(WIDE) - mean) * rstd
     z = affine(x_hat, shifted_pointer(weight_ptr, at), shifted_pointer(bias_ptr, at), inside, WIDE)
-    tl.store(y_ptr + at, VALUE(z).to(y_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+    tl.store(
+        y_ptr + at, VALUE(z).to(y_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first"
+    )
 
 
 @triton.jit
@@ -127,20 +159,27 @@ def normalize_chunk(
     y_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean, rstd, length,
     BLOCK: tl.constexpr, VALUE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Normalise `length` adjacent elements, backwards: the end of the sweep before is what the caches still hold."""
+    """Normalise `length` adjacent elements, backwards: the end of the sweep before is what the
+    caches still hold."""
     lane = tl.arange(0, BLOCK)
     full = length // BLOCK
     offset = full.to(tl.int64) * BLOCK
     at = offset + lane
-    normalize_block(y_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, at, at < length, mean, rstd, VALUE, WIDE)
+    normalize_block(
+        y_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, at, at < length, mean, rstd, VALUE, WIDE
+    )
     for _ in range(0, full):
         offset -= BLOCK
         at = offset + lane
-        normalize_block(y_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, at, None, mean, rstd, VALUE, WIDE)
+        normalize_block(
+            y_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, at, None, mean, rstd, VALUE, WIDE
+        )
 
 
 @triton.jit
-def merge_chunks(partial_ptr, chunks, N, CHUNK: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr):
+def merge_chunks(
+    partial_ptr, chunks, N, CHUNK: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr
+):
     """Chan's merge of the (mean, m2) of a row's chunks, always in the same order."""
     part = tl.arange(0, PARTS)
     pivot = tl.load(partial_ptr)
@@ -163,7 +202,8 @@ def merge_chunks(partial_ptr, chunks, N, CHUNK: tl.constexpr, PARTS: tl.constexp
 
 @triton.jit
 def leave_zero(counters_ptr, size, programs, BLOCK: tl.constexpr):
-    """The last program to finish (the others may still be spinning until then) zeroes every counter."""
+    """The last program to finish (the others may still be spinning until then) zeroes every
+    counter."""
     tl.debug_barrier()
     if tl.atomic_add(counters_ptr + 1, 1, sem="acq_rel") == programs - 1:
         for start in range(0, size, BLOCK):
@@ -213,20 +253,45 @@ def normalize_kernel(
     row_inside = first + row < S
     inside = row_inside[:, None] & (col < N)[None, :]
     x_ptr = tile_pointers(
-        x_ptr, batch, first, row, col, x_batch * STRIDE_ALIGN, x_row * COL_ALIGN, x_col * ROW_ALIGN, ROWS, TRANSPOSED
+        x_ptr,
+        batch,
+        first,
+        row,
+        col,
+        x_batch * STRIDE_ALIGN,
+        x_row * COL_ALIGN,
+        x_col * ROW_ALIGN,
+        ROWS,
+        TRANSPOSED,
     )
     v = tl.load(x_ptr, mask=inside, other=0.0)
     if residual_ptr is not None:
         residual_ptr = tile_pointers(
-            residual_ptr, batch, first, row, col, residual_batch * COL_ALIGN, residual_row * COL_ALIGN, 1, ROWS, False
+            residual_ptr,
+            batch,
+            first,
+            row,
+            col,
+            residual_batch * COL_ALIGN,
+            residual_row * COL_ALIGN,
+            1,
+            ROWS,
+            False,
         )
         v = added(v, residual_ptr, inside, WIDE)
         if sum_ptr is not None:
-            tl.store(tile_pointers(sum_ptr, batch, first, row, col, S.to(tl.int64) * N, N, 1, ROWS, False), v, mask=inside)
+            tl.store(
+                tile_pointers(
+                    sum_ptr, batch, first, row, col, S.to(tl.int64) * N, N, 1, ROWS, False
+                ),
+                v,
+                mask=inside,
+            )
     v = v.to(WIDE)
     n = N.to(WIDE)
     mean = tl.sum(v, axis=1) / n
-    # masked lanes hold 0, not the mean: without the second where, rows of 769 at mean 1000 get a wrong variance
+    # masked lanes hold 0, not the mean: without the second where, rows of 769 at mean 1000 get a
+    # wrong variance
     centred = tl.where(inside, v - mean[:, None], 0.0)
     rstd = inverse_root(tl.sum(centred * centred, axis=1) / n, eps, eps_low, WIDE)
     tl.store(mean_ptr + batch * S + first + row, mean, mask=row_inside)
@@ -234,10 +299,18 @@ def normalize_kernel(
     col_inside = (col < N)[None, :]
     at = col[None, :]
     z = affine(
-        centred * rstd[:, None], shifted_pointer(weight_ptr, at), shifted_pointer(bias_ptr, at), col_inside, WIDE
+        centred * rstd[:, None],
+        shifted_pointer(weight_ptr, at),
+        shifted_pointer(bias_ptr, at),
+        col_inside,
+        WIDE,
     )
     y = VALUE(z).to(y_ptr.dtype.element_ty)
-    tl.store(tile_pointers(y_ptr, batch, first, row, col, S.to(tl.int64) * N, N, 1, ROWS, False), y, mask=inside)
+    tl.store(
+        tile_pointers(y_ptr, batch, first, row, col, S.to(tl.int64) * N, N, 1, ROWS, False),
+        y,
+        mask=inside,
+    )
 
 
 @triton.jit(do_not_specialize=LONG_SIZES)
@@ -265,12 +338,24 @@ def normalize_long_kernel(
     N = N * COL_ALIGN
     x_ptr += row * (x_row * COL_ALIGN)
     residual_ptr = shifted_pointer(residual_ptr, row * (residual_row * COL_ALIGN))
-    mean, m2 = chunk_statistics(x_ptr, residual_ptr, shifted_pointer(sum_ptr, row * N), N, BLOCK, WIDE)
+    mean, m2 = chunk_statistics(
+        x_ptr, residual_ptr, shifted_pointer(sum_ptr, row * N), N, BLOCK, WIDE
+    )
     rstd = inverse_root(m2 / N.to(WIDE), eps, eps_low, WIDE)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
     normalize_chunk(
-        y_ptr + row * N, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean, rstd, N, BLOCK, VALUE, WIDE
+        y_ptr + row * N,
+        x_ptr,
+        residual_ptr,
+        weight_ptr,
+        bias_ptr,
+        mean,
+        rstd,
+        N,
+        BLOCK,
+        VALUE,
+        WIDE,
     )
 
 
@@ -302,10 +387,11 @@ def normalize_ticket_kernel(
     VALUE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Rows shared by many programs: ticket 2k takes the statistics of chunk k, ticket 2k + 1 normalises chunk k - lag.
+    """Rows shared by many programs: ticket 2k takes the statistics of chunk k, ticket 2k + 1
+    normalises chunk k - lag.
 
-    lag >= chunks - 1, so a program waits for smaller tickets alone, which are running or done: no deadlock on any
-    grid. The second read of x comes lag chunks after the first and finds it in L2.
+    lag >= chunks - 1, so a program waits for smaller tickets alone, which are running or done: no
+    deadlock on any grid. The second read of x comes lag chunks after the first and finds it in L2.
     """
     ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     statistics = ticket % 2 == 0
@@ -326,7 +412,9 @@ def normalize_ticket_kernel(
             tl.store(partial_ptr + tile.to(tl.int64) * 2 + 1, m2)
             tl.debug_barrier()
             if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == chunks - 1:
-                mean, m2 = merge_chunks(partial_ptr + row * chunks * 2, chunks, N, CHUNK, PARTS, WIDE)
+                mean, m2 = merge_chunks(
+                    partial_ptr + row * chunks * 2, chunks, N, CHUNK, PARTS, WIDE
+                )
                 tl.store(mean_ptr + row, mean)
                 tl.store(rstd_ptr + row, inverse_root(m2 / N.to(WIDE), eps, eps_low, WIDE))
                 tl.debug_barrier()
