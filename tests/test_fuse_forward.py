@@ -260,3 +260,17 @@ def test_norms_in_a_module_list_belong_to_the_module_that_calls_them():
             return x
 
     assert fused_and_same(Listed(), planes()).changed == 3
+
+
+def test_a_layer_of_torch_with_optional_arguments():
+    torch.manual_seed(0)
+    model = nn.TransformerDecoderLayer(C, 2, 8, dropout=0.0).double()
+    twin = copy.deepcopy(model)
+    assert [row.now for row in fuse_(model)][1:] == ["fastnorm.LayerNorm(residual)"] * 3
+    x, memory = torch.randn(2, 5, 3, C, dtype=torch.float64)
+    mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    for options in ({}, {"tgt_mask": mask}, {"tgt_mask": mask, "tgt_is_causal": True}):
+        torch.testing.assert_close(model(x, memory, **options), twin(x, memory, **options))
+    model.norm_first = True
+    with pytest.raises(RuntimeError, match="norm_first was False"):
+        model(x, memory)

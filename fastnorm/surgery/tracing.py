@@ -39,6 +39,8 @@ _ENTRIES = (
     "torch.overrides",
     "torch._jit_internal",  # nn.functional's pooling goes through it
 )
+# the rest of torch.nn.modules are forwards like any other
+_MACHINERY = ("torch.nn.modules.container", "torch.nn.modules.module")
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _WATCH = "_fastnorm_watch"
 _PLAIN = (
@@ -105,7 +107,8 @@ class _Watch:
         if caller.f_code not in self.codes and not by_property:
             return  # entered by torch for itself
         name = frame.f_globals.get("__name__", "")
-        if not code.co_filename.startswith(_TORCH):
+        layer = name.startswith("torch.nn.modules.") and not name.startswith(_MACHINERY)
+        if layer or not code.co_filename.startswith(_TORCH):
             self.codes.setdefault(code)
         elif not name.startswith(_ENTRIES):
             self.refuse(f"its forward calls {name}.{code.co_name}, which a trace would lose")
@@ -119,9 +122,9 @@ def _plain(value: Any) -> bool:
 
 def _traceable_builtin(function: Any) -> bool:
     owner = getattr(function, "__self__", None)
-    if owner in (builtins, operator) or isinstance(
-        owner, (str, list, tuple, dict, set, int, float, fx.Proxy)
-    ):
+    if owner is builtins or owner is operator:
+        return True
+    if isinstance(owner, (str, list, tuple, dict, set, int, float, fx.Proxy)):
         return True
     module = getattr(function, "__module__", None) or ""
     if module == "math" or isinstance(owner, type):
