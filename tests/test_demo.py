@@ -72,6 +72,16 @@ def test_a_missing_package_is_named_with_what_to_type(
     assert 'pip install "fastnorm-torch[demo]"' in capsys.readouterr().err
 
 
+def test_the_model_is_the_best_known_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, model = demo.build_model()
+    assert source.endswith("ResNet-50")
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()) == 53
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    source, model = demo.build_model()
+    assert source == "a small ResNet of our own"
+    assert demo._logits(model(torch.randn(2, 3, 16, 16))).shape == (2, 10)
+
+
 def test_every_family_has_a_layer_in_the_demo() -> None:
     shown = {type(build()).__mro__[0] for build in demo_kernels.layers().values()}
     assert {fastnorm.BatchNormAct2d, fastnorm.MeanOnlyBatchNorm2d, fastnorm.LayerNorm} <= shown

@@ -64,9 +64,8 @@ start = time.perf_counter()
 import fastnorm
 print(1e3 * (time.perf_counter() - start))
 """
-    # the fastest of five: the first one compiles the bytecode, and others share the machine
-    times = [float(run_python(code).stdout) for _ in range(5)]
-    assert min(times) < 50, times
+    # one of five is enough: the first one compiles the bytecode, and others share the machine
+    assert any(float(run_python(code).stdout) < 50 for _ in range(5))
 
 
 def test_types_are_shipped_and_the_version_has_one_home() -> None:
@@ -98,7 +97,6 @@ def test_an_unknown_backend_in_the_environment_is_an_error_that_lists_the_known(
 @pytest.fixture
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py as a module, in a folder with one CUDA source and no nvcc in sight."""
-    pytest.importorskip("setuptools", reason="Python 3.12 on has none until a build brings it")
     spec = importlib.util.spec_from_file_location("fastnorm_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
