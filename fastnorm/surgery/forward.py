@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import linecache
 import re
@@ -24,10 +23,6 @@ def code_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     return code.src, {name: value for name, value in code.globals.items() if name in names}
 
 
-def _attribute(value: Any, name: str) -> Any:
-    return getattr(value, name, "missing")
-
-
 class FusedForward:
     """The forward of one instance, written by fuse_; deepcopy and pickle take it along.
 
@@ -40,7 +35,7 @@ class FusedForward:
         self.module = module
         self.source = source
         self.namespace = namespace
-        self.guards = guards
+        self.guards = tuple(dict(guards).items())
         self._compile()
 
     def _compile(self) -> None:
@@ -59,7 +54,9 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for path, expected in self.guards:
-            value = functools.reduce(_attribute, path, self.module)
+            value: Any = self.module
+            for name in path:
+                value = getattr(value, name, "missing")
             if value is not expected and (type(value) is not type(expected) or value != expected):
                 raise RuntimeError(
                     f"{'.'.join(path)} was {expected!r} when fuse_ traced "
