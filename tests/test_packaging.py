@@ -64,8 +64,9 @@ start = time.perf_counter()
 import fastnorm
 print(1e3 * (time.perf_counter() - start))
 """
-    # one of five is enough: the first one compiles the bytecode, and others share the machine
-    assert any(float(run_python(code).stdout) < 50 for _ in range(5))
+    # One of five is enough: others share the machine. The first writes the bytecode, as pip does.
+    times = (float(run_python(code, PYTHONDONTWRITEBYTECODE="").stdout) for _ in range(5))
+    assert any(milliseconds < 50 for milliseconds in times)
 
 
 def test_types_are_shipped_and_the_version_has_one_home() -> None:
