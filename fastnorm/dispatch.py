@@ -14,14 +14,22 @@ from torch.autograd import forward_ad
 
 CHOICES = ("auto", "reference", "triton", "cuda")
 
-# Below this many elements a CUDA tensor is served by torch's own function under "auto": launching a Triton kernel
-# costs 10-40 us of host time, and a copy of 2^18 elements takes about one. Provisional until measured on a GPU.
-NATIVE_BELOW = {"activation": 1 << 18, "batch_norm": 1 << 18, "layer_norm": 1 << 18, "weight_norm": 1 << 18}
+# Below this many elements a CUDA tensor is served by torch's own function under "auto": launching a
+# Triton kernel costs 10-40 us of host time, and a copy of 2^18 elements takes about one.
+# Provisional until measured on a GPU.
+NATIVE_BELOW = {
+    "activation": 1 << 18,
+    "batch_norm": 1 << 18,
+    "layer_norm": 1 << 18,
+    "weight_norm": 1 << 18,
+}
 
 
 def _checked(name: str, source: str) -> str:
     if name not in CHOICES:
-        raise ValueError(f"unknown backend {name!r} in {source}: choose one of {', '.join(CHOICES)}")
+        raise ValueError(
+            f"unknown backend {name!r} in {source}: choose one of {', '.join(CHOICES)}"
+        )
     return name
 
 
@@ -31,9 +39,10 @@ _forced = _checked(os.environ.get("FASTNORM_BACKEND", "auto"), "FASTNORM_BACKEND
 def set_backend(name: str) -> None:
     """Choose the backend of the whole process: "auto", "reference", "triton" or "cuda".
 
-    ``auto`` runs a kernel of ours for CUDA tensors large enough to gain and torch's own function for everything else.
-    A forced backend that cannot serve a tensor raises RuntimeError when it is given one, never falls back.
-    The choice is process-wide, because autograd runs the backward of CUDA tensors on other threads.
+    ``auto`` runs a kernel of ours for CUDA tensors large enough to gain and torch's own function
+    for everything else. A forced backend that cannot serve a tensor raises RuntimeError when it is
+    given one, never falls back. The choice is process-wide, because autograd runs the backward of
+    CUDA tensors on other threads.
 
     Raises:
         ValueError: ``name`` is none of the four.
@@ -66,7 +75,8 @@ def backend(name: str) -> Iterator[None]:
 
 @functools.cache
 def interpreting() -> bool:
-    """Whether Triton kernels run in the interpreter, on CPU tensors: TRITON_INTERPRET=1 before the first kernel."""
+    """Whether Triton kernels run in the interpreter, on CPU tensors: TRITON_INTERPRET=1 before the
+    first kernel."""
     try:
         knobs = importlib.import_module("triton.knobs")
     except ImportError:
@@ -82,7 +92,10 @@ def _triton_missing() -> str | None:
         return f"triton cannot be imported ({error}): pip install triton"
     if interpreting() or torch.cuda.is_available():
         return None
-    return "no CUDA device: set TRITON_INTERPRET=1 before the first kernel to interpret the kernels on CPU tensors"
+    return (
+        "no CUDA device: set TRITON_INTERPRET=1 before the first kernel "
+        "to interpret the kernels on CPU tensors"
+    )
 
 
 @functools.cache
@@ -91,15 +104,16 @@ def _cuda_missing() -> str | None:
         extension = importlib.import_module("fastnorm._cuda")
     except ImportError as error:
         return (
-            f"the extension fastnorm._cuda is not built ({error}): install from source where nvcc is found, "
-            "with FASTNORM_BUILD_CUDA=1"
+            f"the extension fastnorm._cuda is not built ({error}): "
+            "install from source where nvcc is found, with FASTNORM_BUILD_CUDA=1"
         )
     reason: str | None = extension.unavailable()
     return reason
 
 
 def backends() -> dict[str, str | None]:
-    """Tell which backends this machine has: name -> None where it is available, otherwise the reason why not.
+    """Tell which backends this machine has: name -> None where it is available, otherwise the
+    reason why not.
 
     Example:
         >>> import fastnorm
@@ -120,20 +134,26 @@ def _refusal(name: str, x: Tensor) -> str | None:
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work: both see through torch's functions, not through ours."""
+    """Whether torch.func or forward-mode AD is at work: both see through torch's functions, not
+    through ours."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def native(family: str, x: Tensor) -> bool:
-    """Whether torch's own function serves this call, decided before any Function or op of ours is entered."""
-    if _forced == "auto" and not (x.is_cuda and torch.version.hip is None and _triton_missing() is None):
+    """Whether torch's own function serves this call, decided before any Function or op of ours is
+    entered."""
+    if _forced == "auto" and not (
+        x.is_cuda and torch.version.hip is None and _triton_missing() is None
+    ):
         return True
     if transformed():
         return True
     # under torch.compile a size would become a guard: one compiled graph serves every batch size
-    return _forced == "auto" and not torch.compiler.is_compiling() and x.numel() < NATIVE_BELOW[family]
+    return (
+        _forced == "auto" and not torch.compiler.is_compiling() and x.numel() < NATIVE_BELOW[family]
+    )
 
 
 def select(x: Tensor) -> str:

@@ -9,26 +9,42 @@ from torch import Tensor
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself where it covers its storage without gaps or overlaps, else a compact copy in the same order."""
-    return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone(memory_format=torch.preserve_format)
+    """x itself where it covers its storage without gaps or overlaps, else a compact copy in the
+    same order."""
+    return (
+        x
+        if torch.ops.aten.is_non_overlapping_and_dense(x)
+        else x.clone(memory_format=torch.preserve_format)
+    )
 
 
 def match(x: Tensor, like: Tensor) -> Tensor:
-    """x itself where it has the strides of ``like``, else a copy that has (an expanded or transposed gradient, say)."""
+    """x itself where it has the strides of ``like``, else a copy that has (an expanded or
+    transposed gradient, say)."""
     if x.stride() == like.stride():
         return x
-    return torch.empty_like(x, memory_format=torch.contiguous_format).as_strided(x.size(), like.stride()).copy_(x)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        .as_strided(x.size(), like.stride())
+        .copy_(x)
+    )
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether batch norm's output for x is channels_last (2-d) or channels_last_3d: x is, and is not contiguous too."""
+    """Whether batch norm's output for x is channels_last (2-d) or channels_last_3d: x is, and is
+    not contiguous too."""
     if x.dim() == 4:
         return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    return (
+        x.dim() == 5
+        and x.is_contiguous(memory_format=torch.channels_last_3d)
+        and not x.is_contiguous()
+    )
 
 
 def planes_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor of x's shape in the layout of batch norm's outputs and gradients: channels_last or contiguous."""
+    """An empty tensor of x's shape in the layout of batch norm's outputs and gradients:
+    channels_last or contiguous."""
     form = torch.contiguous_format
     if channels_last(x):
         form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
@@ -54,7 +70,8 @@ def planes(x: Tensor) -> Tensor | None:
 
 
 def to_planes(x: Tensor) -> Tensor:
-    """x itself where a kernel reads it in place ([N, C, S] with channels or positions adjacent), else a dense copy."""
+    """x itself where a kernel reads it in place ([N, C, S] with channels or positions adjacent),
+    else a dense copy."""
     view = planes(x)
     if view is not None and (view.stride(2) == 1 or view.stride(1) == 1 or view.size(2) == 1):
         return x
@@ -76,9 +93,11 @@ def _joined(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
 
 
 def rows(dims: int, *tensors: Tensor) -> list[Tensor] | None:
-    """Tensors of one shape as views [B, S, N], N the last ``dims`` dimensions; None where no strides can express it.
+    """Tensors of one shape as views [B, S, N], N the last ``dims`` dimensions; None where no
+    strides can express it.
 
-    B is 1 unless the rows have no stride in common: the NHWC view of an NCHW image has B = N, S = H*W.
+    B is 1 unless the rows have no stride in common: the NHWC view of an NCHW image has B = N, S =
+    H*W.
     """
     shape = tuple(tensors[0].shape)
     last = len(shape) - dims

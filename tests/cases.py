@@ -20,7 +20,8 @@ EVERY = (torch.float64, torch.float32, *HALVES)
 
 @dataclass(frozen=True)
 class Case:
-    """`ours(**tensors)` against `torchs(**tensors)`; a tensor that requires no gradient is a buffer, compared as left."""
+    """`ours(**tensors)` against `torchs(**tensors)`; a tensor that requires no gradient is a
+    buffer, compared as left."""
 
     op: str
     name: str
@@ -53,7 +54,8 @@ def transposed(y: Tensor) -> Tensor:
 
 
 def one_sided(y: Tensor) -> Tensor:
-    """For gradients that are one long sum: with a sum that cancels, the relative error would measure luck."""
+    """For gradients that are one long sum: with a sum that cancels, the relative error would
+    measure luck."""
     return torch.rand(y.shape).to(y.dtype) + 0.5
 
 
@@ -61,14 +63,27 @@ def one_sided(y: Tensor) -> Tensor:
 
 
 def batch_norm_tensors(
-    x: Callable[[], Tensor], residual: bool = False, affine: bool = True, frozen: bool = False, parameters: Any = None
+    x: Callable[[], Tensor],
+    residual: bool = False,
+    affine: bool = True,
+    frozen: bool = False,
+    parameters: Any = None,
 ) -> Callable[[torch.dtype], Tensors]:
     def make(dtype: torch.dtype) -> Tensors:
         value = x()
-        value = torch.empty_like(value, dtype=dtype).copy_(value) if value.is_contiguous() else value.to(dtype)
+        value = (
+            torch.empty_like(value, dtype=dtype).copy_(value)
+            if value.is_contiguous()
+            else value.to(dtype)
+        )
         C = value.size(1)
         kind = parameters or dtype
-        tensors: Tensors = {"x": value.requires_grad_(), "weight": None, "bias": None, "residual": None}
+        tensors: Tensors = {
+            "x": value.requires_grad_(),
+            "weight": None,
+            "bias": None,
+            "residual": None,
+        }
         if affine:
             tensors.update(scale_shift(C, kind, not frozen))
         if residual:
@@ -83,7 +98,14 @@ def batch_norm_tensors(
 def batch_norm_pair(training: bool, activation: str | None = None) -> dict[str, Any]:
     def ours(x, weight, bias, residual, running_mean, running_var):  # type: ignore[no-untyped-def]
         return functional.batch_norm(
-            x, running_mean, running_var, weight, bias, training, activation=activation, residual=residual
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            activation=activation,
+            residual=residual,
         )
 
     def torchs(x, weight, bias, residual, running_mean, running_var):  # type: ignore[no-untyped-def]
@@ -132,21 +154,36 @@ def batch_norm_cases() -> Iterator[Case]:
     for name, x in BATCH_NORM_INPUTS.items():
         dtypes = EVERY if name in ("nchw", "nhwc", "nlc", "nc") else (torch.float32,)
         for mode, training in (("train", True), ("eval", False)):
-            yield Case("batch_norm", f"{name}-{mode}", **batch_norm_pair(training), make=batch_norm_tensors(x), dtypes=dtypes)
+            yield Case(
+                "batch_norm",
+                f"{name}-{mode}",
+                **batch_norm_pair(training),
+                make=batch_norm_tensors(x),
+                dtypes=dtypes,
+            )
     for name, x in OFFSET.items():  # a half type cannot hold a deviation of 1 at 1e4
         yield Case("batch_norm", name, **batch_norm_pair(True), make=batch_norm_tensors(x))
     for activation in NAMES:
         for name in ("nchw", "nhwc"):
             make = batch_norm_tensors(BATCH_NORM_INPUTS[name], residual=True)
-            yield Case("batch_norm", f"{name}-residual-{activation}", **batch_norm_pair(True, activation), make=make)
+            yield Case(
+                "batch_norm",
+                f"{name}-residual-{activation}",
+                **batch_norm_pair(True, activation),
+                make=make,
+            )
     silu = batch_norm_pair(True, "silu")
     silu_eval = batch_norm_pair(False, "silu")
     x = BATCH_NORM_INPUTS["nchw"]
     yield Case("batch_norm", "silu", **silu, make=batch_norm_tensors(x), dtypes=EVERY)
-    yield Case("batch_norm", "silu-residual-eval", **silu_eval, make=batch_norm_tensors(x, residual=True))
+    yield Case(
+        "batch_norm", "silu-residual-eval", **silu_eval, make=batch_norm_tensors(x, residual=True)
+    )
     yield Case("batch_norm", "frozen", **silu, make=batch_norm_tensors(x, frozen=True))
     yield Case("batch_norm", "frozen-eval", **silu_eval, make=batch_norm_tensors(x, frozen=True))
-    yield Case("batch_norm", "no-affine", **batch_norm_pair(True), make=batch_norm_tensors(x, affine=False))
+    yield Case(
+        "batch_norm", "no-affine", **batch_norm_pair(True), make=batch_norm_tensors(x, affine=False)
+    )
     fp32 = batch_norm_tensors(x, parameters=torch.float32)
     yield Case("batch_norm", "fp32-parameters", **batch_norm_pair(True), make=fp32, dtypes=HALVES)
     for name, dy in (("expanded", expanded), ("transposed", transposed)):
@@ -161,7 +198,11 @@ def mean_only_cases() -> Iterator[Case]:
             value = x().to(dtype)
             C = value.size(1)
             bias = torch.randn(C).to(dtype).requires_grad_()
-            return {"x": value.requires_grad_(), "bias": bias, "running_mean": torch.randn(C).to(dtype)}
+            return {
+                "x": value.requires_grad_(),
+                "bias": bias,
+                "running_mean": torch.randn(C).to(dtype),
+            }
 
         return make
 
@@ -181,7 +222,12 @@ def mean_only_cases() -> Iterator[Case]:
             dtypes = EVERY if name == "nchw" else (torch.float32,)
             mode = "train" if training else "eval"
             yield Case(
-                "mean_only", f"{name}-{mode}", ours, torchs, make_from(BATCH_NORM_INPUTS[name]), dtypes=dtypes
+                "mean_only",
+                f"{name}-{mode}",
+                ours,
+                torchs,
+                make_from(BATCH_NORM_INPUTS[name]),
+                dtypes=dtypes,
             )
 
 
@@ -192,7 +238,9 @@ def layer_norm_cases() -> Iterator[Case]:
     def pair(activation: str | None = None) -> dict[str, Any]:
         def ours(x, weight, bias, residual):  # type: ignore[no-untyped-def]
             shape = x.shape[-1:] if weight is None else weight.shape
-            return functional.layer_norm(x, shape, weight, bias, activation=activation, residual=residual)
+            return functional.layer_norm(
+                x, shape, weight, bias, activation=activation, residual=residual
+            )
 
         def torchs(x, weight, bias, residual):  # type: ignore[no-untyped-def]
             shape = x.shape[-1:] if weight is None else weight.shape
@@ -206,11 +254,22 @@ def layer_norm_cases() -> Iterator[Case]:
     ) -> Callable[[torch.dtype], Tensors]:
         def make(dtype: torch.dtype) -> Tensors:
             value = x().to(dtype)
-            tensors: Tensors = {"x": value.requires_grad_(), "weight": None, "bias": None, "residual": None}
+            tensors: Tensors = {
+                "x": value.requires_grad_(),
+                "weight": None,
+                "bias": None,
+                "residual": None,
+            }
             if affine:
                 shape = value.shape[-dims:]
                 parameters = scale_shift(shape.numel(), dtype)
-                tensors.update({k: p.detach().view(shape).requires_grad_() for k, p in parameters.items() if p is not None})
+                tensors.update(
+                    {
+                        k: p.detach().view(shape).requires_grad_()
+                        for k, p in parameters.items()
+                        if p is not None
+                    }
+                )
             if residual:
                 tensors["residual"] = torch.randn_like(value).requires_grad_()
             return tensors
@@ -219,15 +278,52 @@ def layer_norm_cases() -> Iterator[Case]:
 
     for N in (1, 31, 32, 33, 49, 128):
         dtypes = EVERY if N in (33, 128) else (torch.float32,)
-        yield Case("layer_norm", f"N={N}", **pair(), make=make_from(lambda N=N: torch.randn(7, N)), dtypes=dtypes)
-    yield Case("layer_norm", "N=769-mean-1000", **pair(), make=make_from(lambda: torch.randn(5, 769) + 1000))
+        yield Case(
+            "layer_norm",
+            f"N={N}",
+            **pair(),
+            make=make_from(lambda N=N: torch.randn(7, N)),
+            dtypes=dtypes,
+        )
+    yield Case(
+        "layer_norm",
+        "N=769-mean-1000",
+        **pair(),
+        make=make_from(lambda: torch.randn(5, 769) + 1000),
+    )
     yield Case("layer_norm", "long", **pair(), make=make_from(lambda: torch.randn(3, 20_000)))
-    yield Case("layer_norm", "two-dims", **pair(), make=make_from(lambda: torch.randn(3, 4, 6, 10), dims=2))
-    yield Case("layer_norm", "no-affine", **pair(), make=make_from(lambda: torch.randn(4, 64), affine=False))
-    yield Case("layer_norm", "nhwc-view", **pair(), make=make_from(lambda: torch.randn(2, 24, 3, 4).permute(0, 2, 3, 1)))
-    yield Case("layer_norm", "sliced", **pair(), make=make_from(lambda: torch.randn(9, 80)[:, 7:71]))
-    yield Case("layer_norm", "expanded-dy", **pair("silu"), make=make_from(lambda: torch.randn(9, 40)), dy=expanded)
-    yield Case("layer_norm", "transposed-dy", **pair(), make=make_from(lambda: torch.randn(9, 40)), dy=transposed)
+    yield Case(
+        "layer_norm", "two-dims", **pair(), make=make_from(lambda: torch.randn(3, 4, 6, 10), dims=2)
+    )
+    yield Case(
+        "layer_norm",
+        "no-affine",
+        **pair(),
+        make=make_from(lambda: torch.randn(4, 64), affine=False),
+    )
+    yield Case(
+        "layer_norm",
+        "nhwc-view",
+        **pair(),
+        make=make_from(lambda: torch.randn(2, 24, 3, 4).permute(0, 2, 3, 1)),
+    )
+    yield Case(
+        "layer_norm", "sliced", **pair(), make=make_from(lambda: torch.randn(9, 80)[:, 7:71])
+    )
+    yield Case(
+        "layer_norm",
+        "expanded-dy",
+        **pair("silu"),
+        make=make_from(lambda: torch.randn(9, 40)),
+        dy=expanded,
+    )
+    yield Case(
+        "layer_norm",
+        "transposed-dy",
+        **pair(),
+        make=make_from(lambda: torch.randn(9, 40)),
+        dy=transposed,
+    )
     for activation in NAMES:
         make = make_from(lambda: torch.randn(6, 72), residual=True)
         yield Case("layer_norm", f"residual-{activation}", **pair(activation), make=make)
@@ -252,7 +348,15 @@ def weight_norm_cases() -> Iterator[Case]:
                 return torch._weight_norm(v, g, -1 if dim is None else dim)
 
             dtypes = EVERY if shape == (8, 4, 3) else (torch.float32,)
-            yield Case("weight_norm", f"{'x'.join(map(str, shape))}-dim={dim}", ours, torchs, make, dtypes, one_sided)
+            yield Case(
+                "weight_norm",
+                f"{'x'.join(map(str, shape))}-dim={dim}",
+                ours,
+                torchs,
+                make,
+                dtypes,
+                one_sided,
+            )
 
 
 def activation_cases() -> Iterator[Case]:
@@ -267,10 +371,17 @@ def activation_cases() -> Iterator[Case]:
 
 def swish_cases() -> Iterator[Case]:
     def torchs(x: Tensor, beta: Tensor) -> Tensor:
-        return x * torch.sigmoid((beta if beta.numel() == 1 else beta.view(-1, *[1] * (x.dim() - 2))) * x)
+        return x * torch.sigmoid(
+            (beta if beta.numel() == 1 else beta.view(-1, *[1] * (x.dim() - 2))) * x
+        )
 
-    inputs = {"scalar": (lambda: torch.randn(1000), 1), "scalar-odd": (lambda: torch.randn(7, 33), 1)}
-    inputs |= {name: (BATCH_NORM_INPUTS[name], None) for name in ("nchw", "nchw-7x7", "nhwc", "nc", "nlc")}
+    inputs = {
+        "scalar": (lambda: torch.randn(1000), 1),
+        "scalar-odd": (lambda: torch.randn(7, 33), 1),
+    }
+    inputs |= {
+        name: (BATCH_NORM_INPUTS[name], None) for name in ("nchw", "nchw-7x7", "nhwc", "nc", "nlc")
+    }
     for name, (x, betas) in inputs.items():
 
         def make(dtype: torch.dtype, x=x, betas=betas) -> Tensors:  # type: ignore[no-untyped-def]
@@ -279,7 +390,15 @@ def swish_cases() -> Iterator[Case]:
             return {"x": value.requires_grad_(), "beta": beta.requires_grad_()}
 
         dtypes = EVERY if name in ("scalar", "nchw") else (torch.float32,)
-        yield Case("swish", name, lambda x, beta: functional.swish(x, beta), torchs, make, dtypes, one_sided)
+        yield Case(
+            "swish",
+            name,
+            lambda x, beta: functional.swish(x, beta),
+            torchs,
+            make,
+            dtypes,
+            one_sided,
+        )
 
 
 CASES = [

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Relative error that is always allowed: a few roundings of the type of computation, for where torch happens to be exact.
+# Relative error that is always allowed: a few roundings of the type of computation, for where torch
+# happens to be exact.
 FLOOR = {torch.float64: 1e-13, torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
@@ -18,10 +19,14 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.detach().double() - exact).norm().item() / (scale if scale > 0 else 1.0))
 
 
-def run(function: Callable[..., Any], tensors: dict[str, Tensor | None], dy: Tensor | None) -> dict[str, Tensor]:
-    """Outputs, buffers as the call left them, and the gradient of every tensor that requires one."""
+def run(
+    function: Callable[..., Any], tensors: dict[str, Tensor | None], dy: Tensor | None
+) -> dict[str, Tensor]:
+    """Outputs, buffers as the call left them, and every gradient that is required."""
     given = {
-        name: None if t is None else t.detach().clone(memory_format=torch.preserve_format).requires_grad_(t.requires_grad)
+        name: None
+        if t is None
+        else t.detach().clone(memory_format=torch.preserve_format).requires_grad_(t.requires_grad)
         for name, t in tensors.items()
     }
     given = {name: _like(given[name], t) for name, t in tensors.items()}
@@ -38,8 +43,14 @@ def run(function: Callable[..., Any], tensors: dict[str, Tensor | None], dy: Ten
 
 
 def _like(copy: Tensor | None, original: Tensor | None) -> Tensor | None:
-    """The copy under the strides of the original, gaps included, so that a sliced input stays sliced."""
-    if original is None or copy is None or copy.stride() == original.stride() or 0 in original.stride():
+    """The copy under the strides of the original, gaps included, so that a sliced input stays
+    sliced."""
+    if (
+        original is None
+        or copy is None
+        or copy.stride() == original.stride()
+        or 0 in original.stride()
+    ):
         return copy
     extent = 1 + sum((n - 1) * s for n, s in zip(original.shape, original.stride(), strict=True))
     storage = torch.zeros(extent, dtype=original.dtype, device=original.device)
@@ -50,7 +61,9 @@ def _like(copy: Tensor | None, original: Tensor | None) -> Tensor | None:
 def exact(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The same values in fp64; integers stay."""
     return {
-        name: t.detach().double().requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
+        name: t.detach().double().requires_grad_(t.requires_grad)
+        if t is not None and t.is_floating_point()
+        else t
         for name, t in tensors.items()
     }
 
@@ -62,9 +75,11 @@ def assert_as_good_as_torch(
     dy: Tensor | None,
     what: str = "",
 ) -> None:
-    """Every output, gradient and buffer: at most twice the error of torch's own in the same dtype, both against fp64.
+    """Every output, gradient and buffer: at most twice the error of torch's own in the same dtype,
+    both against fp64.
 
-    Where torch's own cannot run the combination of dtypes, its error is that of the fp64 result rounded to the dtype.
+    Where torch's own cannot run the combination of dtypes, its error is that of the fp64 result
+    rounded to the dtype.
     """
     oracle = run(torchs, exact(tensors), None if dy is None else dy.double())
     try:
@@ -81,8 +96,12 @@ def assert_as_good_as_torch(
         reference = own.get(name, target.to(value.dtype))
         assert value.shape == target.shape, f"{what} {name}: shape {value.shape} != {target.shape}"
         if name in own:
-            assert value.dtype == reference.dtype, f"{what} {name}: {value.dtype} != {reference.dtype}"
-        assert torch.equal(value.isnan(), target.isnan()), f"{what} {name}: NaN in other places than torch's"
+            assert value.dtype == reference.dtype, (
+                f"{what} {name}: {value.dtype} != {reference.dtype}"
+            )
+        assert torch.equal(value.isnan(), target.isnan()), (
+            f"{what} {name}: NaN in other places than torch's"
+        )
         finite = target.isfinite()
         error = relative_error(value[finite], target[finite])
         allowed = 2 * relative_error(reference[finite], target[finite]) + FLOOR[value.dtype]

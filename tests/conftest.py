@@ -1,4 +1,5 @@
-"""Where the tests run: on the GPU if there is one, else with Triton's kernels interpreted on the CPU."""
+"""Where the tests run: on the GPU if there is one, else with Triton's kernels interpreted on the
+CPU."""
 
 from __future__ import annotations
 
@@ -13,13 +14,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import fastnorm  # noqa: E402  (after TRITON_INTERPRET)
+import fastnorm
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _round_as_hardware_does() -> None:
-    """Let the interpreter round fp32 to bf16 to nearest even, as every GPU does; its own cast truncates."""
+    """Let the interpreter round fp32 to bf16 to nearest even, as every GPU does; its own cast
+    truncates."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -29,7 +31,9 @@ def _round_as_hardware_does() -> None:
     def cast_impl(self, src, dst_type):  # type: ignore[no-untyped-def]
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
-            return interpreter.TensorHandle(rounded.view(torch.uint16).numpy().reshape(src.data.shape), tl.bfloat16)
+            return interpreter.TensorHandle(
+                rounded.view(torch.uint16).numpy().reshape(src.data.shape), tl.bfloat16
+            )
         return cast(self, src, dst_type)
 
     interpreter.InterpreterBuilder.cast_impl = cast_impl

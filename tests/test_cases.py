@@ -9,11 +9,14 @@ from tests.cases import CASES, Case
 from tests.compare import assert_as_good_as_torch
 
 PARAMETERS = [
-    pytest.param(case, dtype, id=f"{case}-{str(dtype).removeprefix('torch.')}") for case in CASES for dtype in case.dtypes
+    pytest.param(case, dtype, id=f"{case}-{str(dtype).removeprefix('torch.')}")
+    for case in CASES
+    for dtype in case.dtypes
 ]
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the infinities that the interpreter computes with
+# numpy's, of the infinities that the interpreter computes with
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("case", "dtype"), PARAMETERS)
 def test_case(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
     tensors = {

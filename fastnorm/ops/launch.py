@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-# The interpreter runs programs one after the other, about 5 ms each: a device of two processors keeps grids small.
+# The interpreter runs programs one after the other, about 5 ms each: a device of two processors
+# keeps grids small.
 INTERPRETER_PROCESSORS = 2
 
 
@@ -29,12 +30,14 @@ _arenas: dict[tuple[int, int], Tensor] = {}
 def counters(x: Tensor, size: int) -> Tensor:
     """``size`` int32 counters on x's device that are zero now and that the kernel must leave zero.
 
-    One arena per device and stream: launches on one stream follow each other, so they can share it. While a CUDA
-    graph is captured the counters are a zeroed tensor of that graph.
+    One arena per device and stream: launches on one stream follow each other, so they can share it.
+    While a CUDA graph is captured the counters are a zeroed tensor of that graph.
     """
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return torch.zeros(size, dtype=torch.int32, device=x.device)
-    key = (x.device.index, torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else (-1, 0)
+    key = (
+        (x.device.index, torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else (-1, 0)
+    )
     arena = _arenas.get(key)
     if arena is None or arena.numel() < size:
         arena = _arenas[key] = torch.zeros(max(size, 4096), dtype=torch.int32, device=x.device)

@@ -1,4 +1,4 @@
-"""How an op of ours becomes a torch operator: one schema, one allocation function, three backends."""
+"""How an op of ours becomes a torch operator: a schema, an allocation function, three backends."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def _as_tuple(outputs: Any) -> tuple[Any, ...]:
 def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) -> Any:
     """Define ``torch.ops.fastnorm.<name>`` and return its overload.
 
-    ``allocate(*inputs)`` returns the outputs (a tensor, a tuple of tensors and Nones, or None for an op
-    in place) that ``fastnorm/ops/<family>/
-    <backend>.py``'s function ``<name>(*inputs, *outputs)`` fills; it is the fake implementation as well, so fake and
-    real cannot disagree. The reference backend alone is called as ``<name>(*inputs)`` and returns ATen's own tensors.
-    The first input is the tensor whose device decides.
+    ``allocate(*inputs)`` returns the outputs (a tensor, a tuple of tensors and Nones, or None for
+    an op in place) that ``fastnorm/ops/<family>/
+    <backend>.py``'s function ``<name>(*inputs, *outputs)`` fills; it is the fake implementation as
+    well, so fake and real cannot disagree. The reference backend alone is called as
+    ``<name>(*inputs)`` and returns ATen's own tensors. The first input is the tensor whose device
+    decides.
     """
 
     def run(*inputs: Any) -> Any:
@@ -65,13 +66,17 @@ def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) 
 def differentiable_backward(
     composite: Callable[..., Any], inputs: tuple[Tensor | None, ...], gradients: Any
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of ``composite(*inputs)`` as differentiable functions of the inputs and of ``gradients``.
+    """The gradients of ``composite(*inputs)`` as differentiable functions of the inputs and of
+    ``gradients``.
 
-    An autograd Function's backward takes this way when grad mode is on in it (create_graph=True): double backward
-    goes through torch's own functions. One gradient per input; None where an input is None or needs none.
+    An autograd Function's backward takes this way when grad mode is on in it (create_graph=True):
+    double backward goes through torch's own functions. One gradient per input; None where an input
+    is None or needs none.
     """
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     with torch.enable_grad():
         outputs = composite(*inputs)
-        found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+        found = iter(
+            torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True)
+        )
     return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)

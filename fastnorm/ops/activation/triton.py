@@ -50,7 +50,7 @@ def activation_backward(x: Tensor, dy: Tensor, name: str, dx: Tensor) -> None:
 
 
 def _as_planes(x: Tensor, beta: Tensor) -> Tensor:
-    """x as the planes that beta scales: one channel as long as the tensor where there is one beta."""
+    """x as the planes that beta scales: a single beta scales one long channel."""
     return x if beta.numel() > 1 else x.as_strided((1, 1, x.numel()), (x.numel(), x.numel(), 1))
 
 
@@ -76,5 +76,6 @@ def swish_backward(
         workspace(x, p) if dbeta is not None else None,
         launch.counters(x, p.groups) if dbeta is not None else None,
         *sizes(p), p.tiles,
-        NEED_DX=dx is not None, NEED_DBETA=dbeta is not None, WIDE=wide_type(x), **p.constants, **OPTIONS,
+        NEED_DX=dx is not None, NEED_DBETA=dbeta is not None, WIDE=wide_type(x),
+        **p.constants, **OPTIONS,
     )  # fmt: skip

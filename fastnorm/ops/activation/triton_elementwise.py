@@ -1,7 +1,9 @@
-"""Elementwise kernels: 16 bytes per thread and load, four loads in flight, whole blocks without a mask.
+"""Elementwise kernels: 16 bytes per thread and load, four loads in flight, whole blocks without a
+mask.
 
-A mask whose edge is not a multiple of the vector would cut every access of the kernel into scalars; so the last, partial
-block takes a branch of its own, uniform over the program, and every other block is loaded in full.
+A mask whose edge is not a multiple of the vector would cut every access of the kernel into scalars;
+so the last, partial block takes a branch of its own, uniform over the program, and every other
+block is loaded in full.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Swish: beta's gradient is summed in the pass that computes the input's.
 
-A tensor is cut as batch norm cuts it (one beta per channel); a single beta is one channel as long as the tensor.
+A tensor is cut as batch norm cuts it (one beta per channel); a single beta is one channel as long
+as the tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def swish_forward_kernel(
     y_ptr,  # output, x's shape
     x_ptr, beta_ptr,  # inputs: x's shape, [C]
     N, C, S, x_stride_n, x_stride_c, x_stride_s, tiles,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr,
+    X_ALIGN: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
@@ -45,7 +47,8 @@ def swish_backward_kernel(
     partials_ptr, counters_ptr,  # [groups, 2, BLOCK_C, tiles], [groups]
     N, C, S, x_stride_n, x_stride_c, x_stride_s, tiles,
     NEED_DX: tl.constexpr, NEED_DBETA: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr,
+    X_ALIGN: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     channels = C * C_ALIGN
@@ -65,7 +68,9 @@ def swish_backward_kernel(
         tl.store(dx_ptr + y_offset, dy * (s + beta * rest), mask=mask)
     if NEED_DBETA:
         sum_dbeta = total(dy * (x * rest))
-        store_partials(partials_ptr, group, tile, tiles, sum_dbeta, tl.zeros([BLOCK_C], WIDE), BLOCK_C)
+        store_partials(
+            partials_ptr, group, tile, tiles, sum_dbeta, tl.zeros([BLOCK_C], WIDE), BLOCK_C
+        )
         if arrive(counters_ptr + group) == tiles - 1:
             dbeta, _ = merge_sums(partials_ptr, group, tiles, BLOCK_C, WIDE)
             c = group * BLOCK_C + tl.arange(0, BLOCK_C)

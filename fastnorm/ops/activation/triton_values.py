@@ -5,12 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# z is the pre-activation in fp32 (fp64 for fp64). libdevice does not exist in the interpreter: exp and erf must do.
+# z is the pre-activation in fp32 (fp64 for fp64). libdevice does not exist in the interpreter: exp
+# and erf must do.
 
 
 @triton.jit
 def expm1(z):
-    """exp(z) - 1 for z <= 0 without cancellation (Kahan): the rounding of u = exp(z) cancels in (u - 1) / log(u)."""
+    """exp(z) - 1 for z <= 0 without cancellation (Kahan): the rounding of u = exp(z) cancels in (u
+    - 1) / log(u)."""
     u = tl.exp(z)
     near = tl.where(u == 1.0, z, (u - 1.0) * z / tl.log(tl.where(u == 1.0, 2.0, u)))
     return tl.where(z < -1.0, u - 1.0, near)

@@ -11,14 +11,19 @@ from torch import Tensor
 from fastnorm import layout
 from fastnorm.ops.launch import processors
 
-TILE_BYTES = 16384  # of all the operands of one tile; several tiles per multiprocessor are in flight
-OWNER_TILES = 4  # up to this many tiles, one program owns its channels from the first read to the last write
+TILE_BYTES = (
+    16384  # of all the operands of one tile; several tiles per multiprocessor are in flight
+)
+OWNER_TILES = (
+    4  # up to this many tiles, one program owns its channels from the first read to the last write
+)
 GROUP_BYTES = 1024  # the shortest contiguous run worth reading in NCHW
 LINE_BYTES = 128  # of channels, in channels_last
 
 
 class Plan(NamedTuple):
-    """Runtime sizes, then what the kernel is compiled for. Nothing of the latter depends on N, the batch."""
+    """Runtime sizes, then what the kernel is compiled for. Nothing of the latter depends on N, the
+    batch."""
 
     N: int
     C: int  # in units of C_ALIGN
@@ -34,7 +39,8 @@ class Plan(NamedTuple):
 
 
 def plan(x: Tensor, y: Tensor, operands: int) -> Plan:
-    """Cut x (any strides that layout.to_planes leaves) and y (dense, layout.planes_like) into tiles."""
+    """Cut x (any strides that layout.to_planes leaves) and y (dense, layout.planes_like) into
+    tiles."""
     view = layout.planes(x)
     assert view is not None
     out = layout.planes(y)
@@ -78,7 +84,9 @@ def _plan(
         block_c = _power_of_two(LINE_BYTES // itemsize)
     else:
         block_c = _power_of_two(max(1, GROUP_BYTES // (S * itemsize)))
-    if x_last != y_last:  # transposed through shared memory, which takes registers: a full tile spills
+    if (
+        x_last != y_last
+    ):  # transposed through shared memory, which takes registers: a full tile spills
         tile_bytes //= 2
     if not (x_last or y_last):  # short vectors need an offset each: a full tile of them spills
         tile_bytes = max(tile_bytes * vec // lanes, tile_bytes // 4)

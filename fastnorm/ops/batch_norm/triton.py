@@ -1,4 +1,4 @@
-"""Batch norm on Triton: how the kernels of triton_forward.py and triton_backward.py are launched."""
+"""Batch norm on Triton: the launchers of triton_forward.py and triton_backward.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from torch import Tensor
 from fastnorm.ops import launch
 from fastnorm.ops.activation.triton_values import ACTIVATIONS
 from fastnorm.ops.batch_norm.plan import plan
-from fastnorm.ops.batch_norm.triton_backward import backward_owner_kernel, backward_pass_kernel, backward_ticket_kernel
-from fastnorm.ops.batch_norm.triton_forward import forward_owner_kernel, forward_running_kernel, forward_ticket_kernel
+from fastnorm.ops.batch_norm.triton_backward import (
+    backward_owner_kernel,
+    backward_pass_kernel,
+    backward_ticket_kernel,
+)
+from fastnorm.ops.batch_norm.triton_forward import (
+    forward_owner_kernel,
+    forward_running_kernel,
+    forward_ticket_kernel,
+)
 from fastnorm.ops.batch_norm.triton_launch import OPTIONS, sizes, split, wide_type, workspace
 
 
@@ -33,7 +41,8 @@ def _forward(
     )
     if not batch_stats:
         forward_running_kernel[(p.groups * p.tiles,)](
-            y, mean, rstd, x, residual, weight, bias, running_mean, running_var, *split(eps), *sizes(p), p.tiles, **constants
+            y, mean, rstd, x, residual, weight, bias, running_mean, running_var,
+            *split(eps), *sizes(p), p.tiles, **constants
         )  # fmt: skip
         return
     track = num_batches_tracked is not None
@@ -43,7 +52,8 @@ def _forward(
         None if p.owner else workspace(x, p),
         launch.counters(x, p.groups + 2) if track or not p.owner else None,
         *split(momentum or 0.0), *split(eps), *sizes(p), p.groups, p.tiles, p.lag,
-        UPDATE_MEAN=running_mean is not None, UPDATE_VAR=running_var is not None, TRACK=track, CUMULATIVE=momentum is None and track,
+        UPDATE_MEAN=running_mean is not None, UPDATE_VAR=running_var is not None, TRACK=track,
+        CUMULATIVE=momentum is None and track,
         **constants,
     )  # fmt: skip
 
@@ -55,7 +65,8 @@ def batch_norm_forward(
     y: Tensor, mean: Tensor, rstd: Tensor,
 ) -> None:  # fmt: skip
     _forward(
-        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, batch_stats, momentum, eps, activation,
+        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, batch_stats,
+        momentum, eps, activation,
         y, mean, rstd, center_only=False,
     )  # fmt: skip
 
@@ -65,7 +76,8 @@ def mean_only_batch_norm_forward(
     batch_stats: bool, momentum: float | None, y: Tensor,
 ) -> None:  # fmt: skip
     _forward(
-        x, None, None, bias, running_mean, None, num_batches_tracked, batch_stats, momentum, 0.0, "identity",
+        x, None, None, bias, running_mean, None, num_batches_tracked,
+        batch_stats, momentum, 0.0, "identity",
         y, None, None, center_only=True,
     )  # fmt: skip
 
@@ -73,7 +85,8 @@ def mean_only_batch_norm_forward(
 def _backward(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     mean: Tensor | None, rstd: Tensor | None, batch_stats: bool, activation: str,
-    dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None, center_only: bool,
+    dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None,
+    center_only: bool,
 ) -> None:  # fmt: skip
     plain = activation == "identity"
     residual = None if plain else residual
@@ -122,12 +135,33 @@ def batch_norm_backward(
     dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None,
 ) -> None:  # fmt: skip
     _backward(
-        x, dy, residual, weight, bias, mean, rstd, batch_stats, activation, dx, dweight, dbias, dresidual,
+        x, dy, residual, weight, bias, mean, rstd, batch_stats, activation, dx, dweight, dbias,
+        dresidual,
         center_only=False,
     )  # fmt: skip
 
 
 def mean_only_batch_norm_backward(
-    dy: Tensor, bias: Tensor | None, batch_stats: bool, needs: list[bool], dx: Tensor | None, dbias: Tensor | None
+    dy: Tensor,
+    bias: Tensor | None,
+    batch_stats: bool,
+    needs: list[bool],
+    dx: Tensor | None,
+    dbias: Tensor | None,
 ) -> None:
-    _backward(dy, dy, None, None, None, None, None, batch_stats, "identity", dx, None, dbias, None, center_only=True)
+    _backward(
+        dy,
+        dy,
+        None,
+        None,
+        None,
+        None,
+        None,
+        batch_stats,
+        "identity",
+        dx,
+        None,
+        dbias,
+        None,
+        center_only=True,
+    )

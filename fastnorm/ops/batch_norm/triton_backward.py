@@ -1,6 +1,8 @@
-"""Batch norm backward: both reductions, the input's, the residual's and the parameters' gradients in one launch.
+"""Batch norm backward: both reductions, the input's, the residual's and the parameters' gradients
+in one launch.
 
-The pre-activation is recomputed from x and the statistics, so nothing the size of an activation is saved beyond x.
+The pre-activation is recomputed from x and the statistics, so nothing the size of an activation is
+saved beyond x.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from fastnorm.ops.batch_norm.triton_tiles import (
 @triton.jit
 def channel_values(
     mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, C,
-    CENTER_ONLY: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+    CENTER_ONLY: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """mean, rstd, scale, bias of a group, as the forward had them: [BLOCK_C] each."""
     mean = tl.zeros([BLOCK_C], WIDE)
@@ -41,7 +44,8 @@ def channel_values(
 @triton.jit
 def gradient_tile(
     dy_ptr, x_ptr, residual_ptr, mean, rstd, scale, bias, x_offset, y_offset, mask,
-    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CENTER_ONLY: tl.constexpr, WIDE: tl.constexpr,
+    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CENTER_ONLY: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """(dz, x_hat) of a tile, zero where it is masked; mean-only batch norm needs dz alone."""
     dz = tl.load(dy_ptr + y_offset, mask=mask, other=0.0).to(WIDE)
@@ -86,12 +90,16 @@ def store_input_gradients(
 @triton.jit(do_not_specialize=RUNTIME)
 def backward_ticket_kernel(
     dx_ptr, dweight_ptr, dbias_ptr, dresidual_ptr,  # outputs: x's shape, [C], [C], x's shape
-    dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,  # inputs: x's shape three times, then [C]
+    # inputs: x's shape three times, then [C]
+    dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
     partials_ptr, counters_ptr,  # [groups, 2, BLOCK_C, tiles], [2 + groups]
     N, C, S, x_stride_n, x_stride_c, x_stride_s, groups, tiles, lag,
-    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    CENTER_ONLY: tl.constexpr, NEED_DX: tl.constexpr, NEED_DRESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
+    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CENTER_ONLY: tl.constexpr, NEED_DX: tl.constexpr, NEED_DRESIDUAL: tl.constexpr,
+    NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr,
+    X_ALIGN: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     channels = C * C_ALIGN
@@ -100,7 +108,17 @@ def backward_ticket_kernel(
     group = index // tiles
     tile = index - group * tiles
     mean, rstd, scale, bias = channel_values(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channels, CENTER_ONLY, HAS_WEIGHT, HAS_BIAS, BLOCK_C, WIDE
+        mean_ptr,
+        rstd_ptr,
+        weight_ptr,
+        bias_ptr,
+        group,
+        channels,
+        CENTER_ONLY,
+        HAS_WEIGHT,
+        HAS_BIAS,
+        BLOCK_C,
+        WIDE,
     )
     x_offset, y_offset, mask = tile_offsets(
         group, tile, N, C, S, x_stride_n, x_stride_c, x_stride_s,
@@ -119,11 +137,20 @@ def backward_ticket_kernel(
         sum_dz, sum_dz_x_hat = merge_sums(partials_ptr, group, tiles, BLOCK_C, WIDE)
         if tile == 0:
             store_parameter_gradients(
-                dweight_ptr, dbias_ptr, sum_dz, sum_dz_x_hat, group, channels, NEED_DWEIGHT, NEED_DBIAS, BLOCK_C
+                dweight_ptr,
+                dbias_ptr,
+                sum_dz,
+                sum_dz_x_hat,
+                group,
+                channels,
+                NEED_DWEIGHT,
+                NEED_DBIAS,
+                BLOCK_C,
             )
         count = (N.to(tl.int64) * S * VEC).to(WIDE)
         store_input_gradients(
-            dx_ptr, dresidual_ptr, dz, x_hat, scale, sum_dz / count, sum_dz_x_hat / count, y_offset, mask,
+            dx_ptr, dresidual_ptr, dz, x_hat, scale, sum_dz / count, sum_dz_x_hat / count, y_offset,
+            mask,
             CENTER_ONLY, NEED_DX, NEED_DRESIDUAL,
         )  # fmt: skip
     finish(counters_ptr, 2 * groups * tiles, groups, None, False)
@@ -132,18 +159,32 @@ def backward_ticket_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def backward_owner_kernel(
     dx_ptr, dweight_ptr, dbias_ptr, dresidual_ptr,  # outputs: x's shape, [C], [C], x's shape
-    dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,  # inputs: x's shape three times, then [C]
+    # inputs: x's shape three times, then [C]
+    dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
     partials_ptr, counters_ptr,  # unused
     N, C, S, x_stride_n, x_stride_c, x_stride_s, groups, tiles, lag,
-    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    CENTER_ONLY: tl.constexpr, NEED_DX: tl.constexpr, NEED_DRESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
+    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CENTER_ONLY: tl.constexpr, NEED_DX: tl.constexpr, NEED_DRESIDUAL: tl.constexpr,
+    NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr,
+    X_ALIGN: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     channels = C * C_ALIGN
     group = tl.program_id(0)
     mean, rstd, scale, bias = channel_values(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channels, CENTER_ONLY, HAS_WEIGHT, HAS_BIAS, BLOCK_C, WIDE
+        mean_ptr,
+        rstd_ptr,
+        weight_ptr,
+        bias_ptr,
+        group,
+        channels,
+        CENTER_ONLY,
+        HAS_WEIGHT,
+        HAS_BIAS,
+        BLOCK_C,
+        WIDE,
     )
     sum_dz = tl.zeros([BLOCK_C], WIDE)
     sum_dz_x_hat = tl.zeros([BLOCK_C], WIDE)
@@ -158,11 +199,20 @@ def backward_owner_kernel(
         )  # fmt: skip
         sum_dz += total(dz)
         sum_dz_x_hat += total(dz * x_hat)
-    # one use each of what the loop yields: Triton 3.6 fails on a reduction in a loop whose result has two
+    # one use each of what the loop yields: Triton 3.6 fails on a reduction in a loop whose result
+    # has two
     sum_dz += 0.0
     sum_dz_x_hat += 0.0
     store_parameter_gradients(
-        dweight_ptr, dbias_ptr, sum_dz, sum_dz_x_hat, group, channels, NEED_DWEIGHT, NEED_DBIAS, BLOCK_C
+        dweight_ptr,
+        dbias_ptr,
+        sum_dz,
+        sum_dz_x_hat,
+        group,
+        channels,
+        NEED_DWEIGHT,
+        NEED_DBIAS,
+        BLOCK_C,
     )
     count = (N.to(tl.int64) * S * VEC).to(WIDE)
     for back in range(0, tiles):
@@ -175,7 +225,8 @@ def backward_owner_kernel(
             SLOPE, PLAIN, HAS_RESIDUAL, CENTER_ONLY, WIDE,
         )  # fmt: skip
         store_input_gradients(
-            dx_ptr, dresidual_ptr, dz, x_hat, scale, sum_dz / count, sum_dz_x_hat / count, y_offset, mask,
+            dx_ptr, dresidual_ptr, dz, x_hat, scale, sum_dz / count, sum_dz_x_hat / count, y_offset,
+            mask,
             CENTER_ONLY, NEED_DX, NEED_DRESIDUAL,
         )  # fmt: skip
 
@@ -183,22 +234,37 @@ def backward_owner_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def backward_pass_kernel(
     dx_ptr, dweight_ptr, dbias_ptr, dresidual_ptr,  # outputs: x's shape, [C], [C], x's shape
-    dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,  # inputs: x's shape three times, then [C]
+    # inputs: x's shape three times, then [C]
+    dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
     partials_ptr, counters_ptr,  # [groups, 2, BLOCK_C, tiles], [2 + groups]
     N, C, S, x_stride_n, x_stride_c, x_stride_s, tiles,
     REDUCE: tl.constexpr,
-    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    CENTER_ONLY: tl.constexpr, NEED_DX: tl.constexpr, NEED_DRESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
+    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CENTER_ONLY: tl.constexpr, NEED_DX: tl.constexpr, NEED_DRESIDUAL: tl.constexpr,
+    NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr,
+    X_ALIGN: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One pass: dx does not depend on the sums (running statistics), or is not wanted; the last tile of a group merges."""
+    """One pass: dx does not depend on the sums (running statistics), or is not wanted; the last
+    tile of a group merges."""
     channels = C * C_ALIGN
     index = tl.program_id(0)
     group = index // tiles
     tile = index - group * tiles
     mean, rstd, scale, bias = channel_values(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channels, CENTER_ONLY, HAS_WEIGHT, HAS_BIAS, BLOCK_C, WIDE
+        mean_ptr,
+        rstd_ptr,
+        weight_ptr,
+        bias_ptr,
+        group,
+        channels,
+        CENTER_ONLY,
+        HAS_WEIGHT,
+        HAS_BIAS,
+        BLOCK_C,
+        WIDE,
     )
     x_offset, y_offset, mask = tile_offsets(
         group, tile, N, C, S, x_stride_n, x_stride_c, x_stride_s,
@@ -210,13 +276,32 @@ def backward_pass_kernel(
     )  # fmt: skip
     none = tl.zeros([BLOCK_C], WIDE)
     store_input_gradients(
-        dx_ptr, dresidual_ptr, dz, x_hat, scale, none, none, y_offset, mask, CENTER_ONLY, NEED_DX, NEED_DRESIDUAL
+        dx_ptr,
+        dresidual_ptr,
+        dz,
+        x_hat,
+        scale,
+        none,
+        none,
+        y_offset,
+        mask,
+        CENTER_ONLY,
+        NEED_DX,
+        NEED_DRESIDUAL,
     )
     if REDUCE:
         store_partials(partials_ptr, group, tile, tiles, total(dz), total(dz * x_hat), BLOCK_C)
         if arrive(counters_ptr + group) == tiles - 1:
             sum_dz, sum_dz_x_hat = merge_sums(partials_ptr, group, tiles, BLOCK_C, WIDE)
             store_parameter_gradients(
-                dweight_ptr, dbias_ptr, sum_dz, sum_dz_x_hat, group, channels, NEED_DWEIGHT, NEED_DBIAS, BLOCK_C
+                dweight_ptr,
+                dbias_ptr,
+                sum_dz,
+                sum_dz_x_hat,
+                group,
+                channels,
+                NEED_DWEIGHT,
+                NEED_DBIAS,
+                BLOCK_C,
             )
             tl.store(counters_ptr + group, 0)

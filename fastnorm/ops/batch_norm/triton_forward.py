@@ -1,4 +1,5 @@
-"""Batch norm forward: statistics, running statistics, normalisation, residual and activation in one launch."""
+"""Batch norm forward: statistics, running statistics, normalisation, residual and activation in one
+launch."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from fastnorm.ops.batch_norm.triton_tiles import (
 def store_statistics(
     mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, num_batches_tracked_ptr,
     mean, var, rstd, group, C, count, momentum, momentum_tail,
-    CENTER_ONLY: tl.constexpr, UPDATE_MEAN: tl.constexpr, UPDATE_VAR: tl.constexpr, TRACK: tl.constexpr, CUMULATIVE: tl.constexpr,
+    CENTER_ONLY: tl.constexpr, UPDATE_MEAN: tl.constexpr, UPDATE_VAR: tl.constexpr,
+    TRACK: tl.constexpr, CUMULATIVE: tl.constexpr,
     BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Save a group's statistics for backward and move the running ones."""
@@ -62,14 +64,18 @@ def normalize_tile(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_ticket_kernel(
-    y_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, num_batches_tracked_ptr,  # outputs: x's shape, then [C]
+    # outputs: x's shape, then [C]
+    y_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, num_batches_tracked_ptr,
     x_ptr, residual_ptr, weight_ptr, bias_ptr,  # inputs: x's shape, x's shape, [C], [C]
     partials_ptr, counters_ptr,  # [groups, 2, BLOCK_C, tiles], [2 + groups]
     momentum, momentum_tail, eps, eps_tail,
     N, C, S, x_stride_n, x_stride_c, x_stride_s, groups, tiles, lag,
-    VALUE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, CENTER_ONLY: tl.constexpr,
-    UPDATE_MEAN: tl.constexpr, UPDATE_VAR: tl.constexpr, TRACK: tl.constexpr, CUMULATIVE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
+    VALUE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CENTER_ONLY: tl.constexpr,
+    UPDATE_MEAN: tl.constexpr, UPDATE_VAR: tl.constexpr, TRACK: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr,
+    X_ALIGN: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     channels = C * C_ALIGN
@@ -78,7 +84,8 @@ def forward_ticket_kernel(
     reduces, index = ticket_tile(ticket, groups, tiles, lag)
     group = index // tiles
     tile = index - group * tiles
-    # the offsets of a tile are made where they are used: kept over the wait and the merge they would spill
+    # the offsets of a tile are made where they are used: kept over the wait and the merge they
+    # would spill
     if reduces:
         x_offset, _, mask = tile_offsets(
             group, tile, N, C, S, x_stride_n, x_stride_c, x_stride_s,
@@ -97,30 +104,48 @@ def forward_ticket_kernel(
         if tile == 0:
             store_statistics(
                 mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, num_batches_tracked_ptr,
-                mean, var, rstd, group, channels, (N.to(tl.int64) * S * VEC).to(WIDE), momentum, momentum_tail,
+                mean, var, rstd, group, channels, (N.to(tl.int64) * S * VEC).to(WIDE),
+                momentum, momentum_tail,
                 CENTER_ONLY, UPDATE_MEAN, UPDATE_VAR, TRACK, CUMULATIVE, BLOCK_C, WIDE,
             )  # fmt: skip
-        scale, bias = affine(weight_ptr, bias_ptr, rstd, group, channels, HAS_WEIGHT, HAS_BIAS, BLOCK_C, WIDE)
+        scale, bias = affine(
+            weight_ptr, bias_ptr, rstd, group, channels, HAS_WEIGHT, HAS_BIAS, BLOCK_C, WIDE
+        )
         x_offset, y_offset, mask = tile_offsets(
             group, tile, N, C, S, x_stride_n, x_stride_c, x_stride_s,
             BLOCK_C, BLOCK_V, VEC, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, LONG,
         )  # fmt: skip
         normalize_tile(
-            y_ptr, x_ptr, residual_ptr, mean, scale, bias, x_offset, y_offset, mask, VALUE, HAS_RESIDUAL, WIDE
+            y_ptr,
+            x_ptr,
+            residual_ptr,
+            mean,
+            scale,
+            bias,
+            x_offset,
+            y_offset,
+            mask,
+            VALUE,
+            HAS_RESIDUAL,
+            WIDE,
         )
     finish(counters_ptr, 2 * groups * tiles, groups, num_batches_tracked_ptr, TRACK)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_owner_kernel(
-    y_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, num_batches_tracked_ptr,  # outputs: x's shape, then [C]
+    # outputs: x's shape, then [C]
+    y_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, num_batches_tracked_ptr,
     x_ptr, residual_ptr, weight_ptr, bias_ptr,  # inputs: x's shape, x's shape, [C], [C]
     partials_ptr, counters_ptr,  # unused, [2 + groups]
     momentum, momentum_tail, eps, eps_tail,
     N, C, S, x_stride_n, x_stride_c, x_stride_s, groups, tiles, lag,
-    VALUE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, CENTER_ONLY: tl.constexpr,
-    UPDATE_MEAN: tl.constexpr, UPDATE_VAR: tl.constexpr, TRACK: tl.constexpr, CUMULATIVE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
+    VALUE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CENTER_ONLY: tl.constexpr,
+    UPDATE_MEAN: tl.constexpr, UPDATE_VAR: tl.constexpr, TRACK: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr,
+    X_ALIGN: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     channels = C * C_ALIGN
@@ -153,14 +178,27 @@ def forward_owner_kernel(
         mean, var, rstd, group, channels, count, momentum, momentum_tail,
         CENTER_ONLY, UPDATE_MEAN, UPDATE_VAR, TRACK, CUMULATIVE, BLOCK_C, WIDE,
     )  # fmt: skip
-    scale, bias = affine(weight_ptr, bias_ptr, rstd, group, channels, HAS_WEIGHT, HAS_BIAS, BLOCK_C, WIDE)
+    scale, bias = affine(
+        weight_ptr, bias_ptr, rstd, group, channels, HAS_WEIGHT, HAS_BIAS, BLOCK_C, WIDE
+    )
     for back in range(0, tiles):
         x_offset, y_offset, mask = tile_offsets(  # in reverse: the last tile read is still close by
             group, tiles - 1 - back, N, C, S, x_stride_n, x_stride_c, x_stride_s,
             BLOCK_C, BLOCK_V, VEC, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, LONG,
         )  # fmt: skip
         normalize_tile(
-            y_ptr, x_ptr, residual_ptr, mean, scale, bias, x_offset, y_offset, mask, VALUE, HAS_RESIDUAL, WIDE
+            y_ptr,
+            x_ptr,
+            residual_ptr,
+            mean,
+            scale,
+            bias,
+            x_offset,
+            y_offset,
+            mask,
+            VALUE,
+            HAS_RESIDUAL,
+            WIDE,
         )
     if TRACK:
         finish(counters_ptr, groups, groups, num_batches_tracked_ptr, TRACK)
@@ -169,10 +207,13 @@ def forward_owner_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_running_kernel(
     y_ptr, mean_ptr, rstd_ptr,  # outputs: x's shape, [C], [C]
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,  # inputs: x's shape twice, then [C]
+    # inputs: x's shape twice, then [C]
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,
     eps, eps_tail, N, C, S, x_stride_n, x_stride_c, x_stride_s, tiles,
-    VALUE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, CENTER_ONLY: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
+    VALUE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CENTER_ONLY: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr,
+    X_ALIGN: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Normalise with running statistics: nothing to wait for."""
@@ -189,11 +230,24 @@ def forward_running_kernel(
             c = group * BLOCK_C + tl.arange(0, BLOCK_C)
             tl.store(mean_ptr + c, mean, mask=c < channels)
             tl.store(rstd_ptr + c, rstd, mask=c < channels)
-    scale, bias = affine(weight_ptr, bias_ptr, rstd, group, channels, HAS_WEIGHT, HAS_BIAS, BLOCK_C, WIDE)
+    scale, bias = affine(
+        weight_ptr, bias_ptr, rstd, group, channels, HAS_WEIGHT, HAS_BIAS, BLOCK_C, WIDE
+    )
     x_offset, y_offset, mask = tile_offsets(
         group, tile, N, C, S, x_stride_n, x_stride_c, x_stride_s,
         BLOCK_C, BLOCK_V, VEC, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, LONG,
     )  # fmt: skip
     normalize_tile(
-        y_ptr, x_ptr, residual_ptr, mean, scale, bias, x_offset, y_offset, mask, VALUE, HAS_RESIDUAL, WIDE
+        y_ptr,
+        x_ptr,
+        residual_ptr,
+        mean,
+        scale,
+        bias,
+        x_offset,
+        y_offset,
+        mask,
+        VALUE,
+        HAS_RESIDUAL,
+        WIDE,
     )

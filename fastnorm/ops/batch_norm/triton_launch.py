@@ -13,7 +13,8 @@ from fastnorm.ops.batch_norm.plan import Plan
 
 
 def split(value: float) -> tuple[float, float]:
-    """value as the sum of two fp32 numbers: Triton passes scalars as fp32, and fp64 kernels need more."""
+    """value as the sum of two fp32 numbers: Triton passes scalars as fp32, and fp64 kernels need
+    more."""
     (head,) = struct.unpack("f", struct.pack("f", value))
     return head, value - head
 
@@ -28,7 +29,9 @@ def wide_type(x: Tensor) -> tl.dtype:
 
 def workspace(x: Tensor, p: Plan) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty(p.groups * 2 * p.constants["BLOCK_C"] * p.tiles, dtype=dtype, device=x.device)
+    return torch.empty(
+        p.groups * 2 * p.constants["BLOCK_C"] * p.tiles, dtype=dtype, device=x.device
+    )
 
 
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": True}

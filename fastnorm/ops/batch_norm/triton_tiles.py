@@ -1,12 +1,15 @@
-"""Batch norm in Triton, each direction in one launch: x is read from memory once, the second read comes from L2.
+"""Batch norm in Triton, each direction in one launch: x is read from memory once, the second read
+comes from L2.
 
-A tile is [BLOCK_C, BLOCK_V, VEC]: BLOCK_C channels by BLOCK_V * VEC positions, VEC adjacent ones a 16-byte access. The
-channels of a tile are a group; a group's tiles must all be reduced before the first of them is normalised. Two forms:
+A tile is [BLOCK_C, BLOCK_V, VEC]: BLOCK_C channels by BLOCK_V * VEC positions, VEC adjacent ones a
+16-byte access. The channels of a tile are a group; a group's tiles must all be reduced before the
+first of them is normalised. Two forms:
 
 owner   one program loops over all tiles of its group, twice.
-ticket  every program draws a ticket, and tickets hand out the statistics tiles of all groups interleaved with the
-        normalising tiles of a group that is complete but for stragglers, for which the program waits. It waits only for
-        smaller tickets, which are running or done: no deadlock on any grid, under preemption, beside other streams.
+ticket  every program draws a ticket, and tickets hand out the statistics tiles of all groups
+        interleaved with the normalising tiles of a group that is complete but for stragglers, for
+        which the program waits. It waits only for smaller tickets, which are running or done: no
+        deadlock on any grid, under preemption, beside other streams.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ RUNTIME = [
 @triton.jit
 def tile_offsets(
     group, tile, N, C, S, x_stride_n, x_stride_c, x_stride_s,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr,
+    X_ALIGN: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Offsets of a tile in x and in y, and its mask: [BLOCK_C, BLOCK_V, VEC] each."""
@@ -85,7 +89,8 @@ def per_channel(ptr, group, C, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def ticket_tile(ticket, groups, tiles, lag):
-    """Which tile a ticket stands for: (whether it is a statistics tile, its index in order of groups)."""
+    """Which tile a ticket stands for: (whether it is a statistics tile, its index in order of
+    groups)."""
     count = groups * tiles
     delay = tl.minimum(tiles + lag, count)
     step = ticket - delay
@@ -135,13 +140,17 @@ def load_partials(ptr, group, start, tiles, WHICH: tl.constexpr, BLOCK_C: tl.con
     c = (tl.cast(group, tl.int64) * 2 + WHICH) * BLOCK_C + tl.arange(0, BLOCK_C)
     # past L1, which another multiprocessor's stores do not reach
     return tl.load(
-        ptr + c[:, None] * tiles + t[None, :], mask=(t < tiles)[None, :], other=0.0, cache_modifier=".cg"
+        ptr + c[:, None] * tiles + t[None, :],
+        mask=(t < tiles)[None, :],
+        other=0.0,
+        cache_modifier=".cg",
     )
 
 
 @triton.jit
 def tile_statistics(x, mask, size):
-    """(mean, sum of squared deviations) of a tile's `size` positions per channel, in two passes over registers."""
+    """(mean, sum of squared deviations) of a tile's `size` positions per channel, in two passes
+    over registers."""
     mean = total(tl.where(mask, x, 0.0)) / size
     deviation = tl.where(mask, x - mean[:, None, None], 0.0)
     return mean, total(deviation * deviation)
@@ -156,14 +165,24 @@ def tile_size(tile, N, S, VEC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.const
 
 @triton.jit
 def merge_statistics(
-    ptr, group, tiles, N, S, VEC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr
+    ptr,
+    group,
+    tiles,
+    N,
+    S,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """(mean, variance) of a group from its tiles', in fixed order (Chan, Golub & LeVeque 1979)."""
     count = (N.to(tl.int64) * S * VEC).to(WIDE)
     first = tl.load(
-        ptr + (tl.cast(group, tl.int64) * 2 * BLOCK_C + tl.arange(0, BLOCK_C)) * tiles, cache_modifier=".cg"
+        ptr + (tl.cast(group, tl.int64) * 2 * BLOCK_C + tl.arange(0, BLOCK_C)) * tiles,
+        cache_modifier=".cg",
     )
-    pivot = tl.where(first - first == 0, first, 0.0)  # an infinite mean must stay infinite, not become NaN
+    # an infinite mean must stay infinite, not become NaN
+    pivot = tl.where(first - first == 0, first, 0.0)
     shift = tl.zeros([BLOCK_C, MERGE // BLOCK_C], WIDE)
     for start in range(0, tiles, MERGE // BLOCK_C):
         means = load_partials(ptr, group, start, tiles, 0, BLOCK_C)
@@ -191,7 +210,10 @@ def merge_sums(ptr, group, tiles, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def affine(weight_ptr, bias_ptr, rstd, group, C, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+def affine(
+    weight_ptr, bias_ptr, rstd, group, C,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """(scale, bias) per channel, so that the pre-activation is (x - mean) * scale + bias."""
     scale = rstd
     if HAS_WEIGHT:
