@@ -84,14 +84,25 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+def _too_old() -> str | None:
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability()
+    if capability >= (8, 0):
+        return None
+    return f"the GPU has compute capability {capability[0]}.{capability[1]}: the kernels need 8.0"
+
+
 @functools.cache
 def _triton_missing() -> str | None:
     try:
         importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported ({error}): pip install triton"
-    if interpreting() or torch.cuda.is_available():
+    if interpreting():
         return None
+    if torch.cuda.is_available():
+        return _too_old()
     return (
         "no CUDA device: set TRITON_INTERPRET=1 before the first kernel "
         "to interpret the kernels on CPU tensors"

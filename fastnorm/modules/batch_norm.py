@@ -40,7 +40,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             and (weight is None or mean is None or weight.dtype is mean.dtype)
         ):
             return super().forward(input)
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         use = not self.training or self.track_running_stats
         return batch_norm(
             input,
@@ -110,7 +110,7 @@ class _BatchNormAct(_BatchNorm):
         self.activation = activation
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation!r}"
+        return f"{super().extra_repr()}, activation={self.activation!r}"  # type: ignore[no-untyped-call]
 
 
 class BatchNormAct1d(_BatchNormAct, BatchNorm1d):

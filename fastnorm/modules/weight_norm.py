@@ -95,7 +95,7 @@ def weight_norm(
             "two tensors, must be the first one. Remove it before, or register the other after weight norm"
         )
     parametrize.register_parametrization(module, name, WeightNorm(dim, eps), unsafe=True)
-    module._register_load_state_dict_pre_hook(_OldNames(name), with_module=True)  # type: ignore[no-untyped-call]
+    module._register_load_state_dict_pre_hook(_OldNames(name), with_module=True)
     return module
 
 

@@ -133,8 +133,10 @@ class BatchNormFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
 
             def composite(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-                statistics = (None, None) if batch_stats else (mean, rstd)
-                return reference.composite(x, residual, weight, bias, *statistics, eps, activation)
+                fixed_mean, fixed_rstd = (None, None) if batch_stats else (mean, rstd)
+                return reference.composite(
+                    x, residual, weight, bias, fixed_mean, fixed_rstd, eps, activation
+                )
 
             found = list(differentiable_backward(composite, (x, residual, weight, bias), dy))
         else:
