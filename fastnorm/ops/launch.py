@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 
 import torch
 from torch import Tensor
@@ -42,3 +43,10 @@ def counters(x: Tensor, size: int) -> Tensor:
     if arena is None or arena.numel() < size:
         arena = _arenas[key] = torch.zeros(max(size, 4096), dtype=torch.int32, device=x.device)
     return arena
+
+
+def split(value: float) -> tuple[float, float]:
+    """value as the sum of two fp32 numbers: Triton passes scalars as fp32, and fp64 kernels need
+    more."""
+    (head,) = struct.unpack("f", struct.pack("f", value))
+    return head, value - head

@@ -19,7 +19,7 @@ from fastnorm.ops.batch_norm.triton_forward import (
     forward_running_kernel,
     forward_ticket_kernel,
 )
-from fastnorm.ops.batch_norm.triton_launch import OPTIONS, sizes, split, wide_type, workspace
+from fastnorm.ops.batch_norm.triton_launch import OPTIONS, sizes, wide_type, workspace
 
 
 def _forward(
@@ -42,7 +42,7 @@ def _forward(
     if not batch_stats:
         forward_running_kernel[(p.groups * p.tiles,)](
             y, mean, rstd, x, residual, weight, bias, running_mean, running_var,
-            *split(eps), *sizes(p), p.tiles, **constants
+            *launch.split(eps), *sizes(p), p.tiles, **constants
         )  # fmt: skip
         return
     track = num_batches_tracked is not None
@@ -51,7 +51,7 @@ def _forward(
         y, mean, rstd, running_mean, running_var, num_batches_tracked, x, residual, weight, bias,
         None if p.owner else workspace(x, p),
         launch.counters(x, p.groups + 2) if track or not p.owner else None,
-        *split(momentum or 0.0), *split(eps), *sizes(p), p.groups, p.tiles, p.lag,
+        *launch.split(momentum or 0.0), *launch.split(eps), *sizes(p), p.groups, p.tiles, p.lag,
         UPDATE_MEAN=running_mean is not None, UPDATE_VAR=running_var is not None, TRACK=track,
         CUMULATIVE=momentum is None and track,
         **constants,

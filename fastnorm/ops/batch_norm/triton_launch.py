@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import torch
@@ -10,13 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnorm.ops.batch_norm.plan import Plan
-
-
-def split(value: float) -> tuple[float, float]:
-    """value as the sum of two fp32 numbers: Triton passes scalars as fp32, and fp64 kernels need
-    more."""
-    (head,) = struct.unpack("f", struct.pack("f", value))
-    return head, value - head
 
 
 def sizes(p: Plan) -> tuple[int, ...]:

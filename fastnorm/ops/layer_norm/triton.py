@@ -1,10 +1,8 @@
-"""Layer norm on Triton: how the kernels of triton_forward.py and triton_backward.py are
-launched."""
+"""Layer norm on Triton: how the kernels of the triton_*.py beside this file are launched."""
 
 from __future__ import annotations
 
 import math
-import struct
 from typing import Any
 
 import torch
@@ -17,9 +15,9 @@ from fastnorm.ops import launch
 from fastnorm.ops.activation.triton_values import ACTIVATIONS
 from fastnorm.ops.layer_norm.triton_backward import (
     backward_kernel,
-    backward_ticket_kernel,
     finalize_kernel,
 )
+from fastnorm.ops.layer_norm.triton_backward_long import backward_ticket_kernel
 from fastnorm.ops.layer_norm.triton_forward import (
     normalize_kernel,
     normalize_long_kernel,
@@ -39,13 +37,6 @@ GROUP, GROUP_BYTES = (
     16,
     16 << 20,
 )  # rows per arrival counter; beyond these bytes a group does not stay in L2
-
-
-def split(value: float) -> tuple[float, float]:
-    """value as the sum of two fp32 numbers: Triton passes scalars as fp32, and fp64 kernels need
-    more."""
-    (head,) = struct.unpack("f", struct.pack("f", value))
-    return head, value - head
 
 
 def _constants(x: Tensor, **others: Any) -> dict[str, Any]:
@@ -173,7 +164,7 @@ def layer_norm_forward(
     tiles = triton.cdiv(S, tile["ROWS"])
     normalize_kernel[(B * tiles,)](
         y, total, mean, rstd, views[0], None if residual is None else views[1], weight, bias,
-        *split(eps),
+        *launch.split(eps),
         S // row_align, N // col_align, tiles,
         *_strides(views[0], row_align, col_align), *_strides(views[-1], row_align, col_align)[:2],
         ROW_ALIGN=row_align, COL_ALIGN=col_align, TRANSPOSED=transposed, **tile, **constants,
@@ -201,7 +192,7 @@ def _forward_long(
     processors = launch.processors(y.device)
     if N < SHARED_ROW or M >= processors:  # noqa: SIM300
         normalize_long_kernel[(M,)](
-            *outputs, *operands, *split(eps), N // align, *strides, **constants
+            *outputs, *operands, *launch.split(eps), N // align, *strides, **constants
         )
         return
     chunks = triton.cdiv(N, CHUNK)
@@ -209,7 +200,7 @@ def _forward_long(
     programs = 2 * (M * chunks + lag)
     partial = torch.empty((M, chunks, 2), dtype=mean.dtype, device=y.device)
     normalize_ticket_kernel[(programs,)](
-        *outputs, *operands, partial, launch.counters(y, 2 + M), *split(eps),
+        *outputs, *operands, partial, launch.counters(y, 2 + M), *launch.split(eps),
         M, N // align, *strides, chunks, lag, programs, CHUNK=CHUNK, PARTS=256, **constants,
     )  # fmt: skip
 

@@ -6,88 +6,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastnorm.ops.layer_norm.triton_tiles import (
+    added,
+    affine,
+    inverse_root,
+    leave_zero,
+    shifted_pointer,
+    tile_pointers,
+)
+
 # Sizes and strides come in units of COL_ALIGN (ROW_ALIGN) elements: Triton knows of an int argument
 # at most that 16 divides it, and a 16-byte access needs 4 (fp32) or 8 (16 bit). None of them is
 # specialised: no batch size recompiles.
 SIZES = ["S", "N", "tiles", "x_batch", "x_row", "x_col", "residual_batch", "residual_row"]
 LONG_SIZES = ["M", "N", "x_row", "residual_row", "chunks", "lag", "programs"]
-
-# pieces of kernels (Triton compiles what follows an early return, hence the elses)
-
-
-@triton.jit
-def tile_pointers(
-    ptr,
-    batch,
-    first,
-    row,
-    col,
-    batch_stride,
-    row_stride,
-    col_stride,
-    ROWS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    """A tile [ROWS, COLS]: its base in int64, columns adjacent or (TRANSPOSED) rows adjacent."""
-    base = ptr + batch * batch_stride
-    if TRANSPOSED:
-        return base + first + row[:, None] + col[None, :].to(tl.int64) * col_stride
-    elif (
-        ROWS == 1
-    ):  # one address for the row: the columns are then constants apart, and cost no registers
-        return base + first * row_stride + col[None, :]
-    else:
-        return base + first * row_stride + row[:, None].to(tl.int64) * row_stride + col[None, :]
-
-
-@triton.jit
-def read(ptr, inside):
-    """A load with a mask, or without where there is none."""
-    if inside is None:
-        return tl.load(ptr)
-    else:
-        return tl.load(ptr, mask=inside, other=0.0)
-
-
-@triton.jit
-def added(x, residual_ptr, inside, WIDE: tl.constexpr):
-    """x + residual as the sum is returned: rounded to the dtype of x. residual_ptr holds one
-    pointer per element."""
-    if residual_ptr is None:
-        return x
-    else:
-        return (x.to(WIDE) + read(residual_ptr, inside).to(WIDE)).to(x.dtype)
-
-
-@triton.jit
-def inverse_root(variance, eps, eps_low, WIDE: tl.constexpr):
-    shifted = (
-        variance + eps + eps_low
-    )  # in fp64 the second restores the digits that eps lost as fp32
-    if WIDE == tl.float64:  # noqa: SIM300
-        return 1.0 / tl.sqrt(shifted)
-    else:
-        return 1.0 / tl.sqrt_rn(shifted)
-
-
-@triton.jit
-def affine(x_hat, weight_ptr, bias_ptr, inside, WIDE: tl.constexpr):
-    """x_hat * weight + bias; the pointers hold one address per column, or are None."""
-    z = x_hat
-    if weight_ptr is not None:
-        z = z * read(weight_ptr, inside).to(WIDE)
-    if bias_ptr is not None:
-        z = z + read(bias_ptr, inside).to(WIDE)
-    return z
-
-
-@triton.jit
-def shifted_pointer(ptr, offset):
-    """ptr + offset; None stays None."""
-    if ptr is None:
-        return None
-    else:
-        return ptr + offset
 
 
 @triton.jit
@@ -198,20 +130,6 @@ def merge_chunks(
         within = tl.load(partial_ptr + k * 2 + 1, mask=k < chunks, other=0.0)
         m2 += tl.where(k < chunks, within + count * delta * delta, 0.0)
     return mean, tl.sum(m2)
-
-
-@triton.jit
-def leave_zero(counters_ptr, size, programs, BLOCK: tl.constexpr):
-    """The last program to finish (the others may still be spinning until then) zeroes every
-    counter."""
-    tl.debug_barrier()
-    if tl.atomic_add(counters_ptr + 1, 1, sem="acq_rel") == programs - 1:
-        for start in range(0, size, BLOCK):
-            k = start + tl.arange(0, BLOCK)
-            tl.store(counters_ptr + k, tl.zeros((BLOCK,), tl.int32), mask=k < size)
-
-
-# kernels
 
 
 @triton.jit(do_not_specialize=SIZES)
