@@ -115,8 +115,8 @@ def _cuda_missing() -> str | None:
         extension = importlib.import_module("fastnorm._cuda")
     except ImportError as error:
         return (
-            f"the extension fastnorm._cuda is not built ({error}): "
-            "install from source where nvcc is found, with FASTNORM_BUILD_CUDA=1"
+            f"this installation has no extension fastnorm._cuda ({error}), which this version does "
+            "not bring yet: use backend 'triton'"
         )
     reason: str | None = extension.unavailable()
     return reason

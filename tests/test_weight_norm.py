@@ -1,4 +1,5 @@
-"""Weight norm: torch's numbers and names, for every dim, on the reference path and in interpreted Triton kernels."""
+"""Weight norm: torch's numbers and names, for every dim, on the reference path and in interpreted
+Triton kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
-# rows that are held and looped, columns alone, in groups and longer than a block, odd sizes, one element per norm
+# rows that are held and looped, columns alone, in groups and longer than a block, odd sizes, one
+# element per norm
 SHAPES = [
     ((3, 40), (0, 1, None)),
     ((5, 769), (0, None)),
@@ -72,9 +74,13 @@ def composite_rows(v, g, dim, eps):
 @pytest.mark.parametrize("shape, dim", CASES)
 def test_values_and_gradients(shape, dim, dtype, backend):
     if backend == "triton" and dtype == torch.float16 and len(shape) != 4:
-        pytest.skip("fp16 differs from bf16 in the cast alone: one shape, with every dim, covers it")
+        pytest.skip(
+            "fp16 differs from bf16 in the cast alone: one shape, with every dim, covers it"
+        )
     v, g, dw = inputs(shape, dim, dtype)
-    exact = results(lambda v, g: composite_rows(v, g, dim, None), v.double(), g.double(), dw.double())
+    exact = results(
+        lambda v, g: composite_rows(v, g, dim, None), v.double(), g.double(), dw.double()
+    )
     native = results(lambda v, g: torch._weight_norm(v, g, torch_dim(dim)), v, g, dw)
     with dispatch.backend(backend):
         ours = results(lambda v, g: function(v, g, dim), v, g, dw)
@@ -82,12 +88,14 @@ def test_values_and_gradients(shape, dim, dtype, backend):
     factor = 3 if backend == "triton" and dtype == torch.bfloat16 else 2
     for name, x, y, z in zip(("w", "dv", "dg"), ours, native, exact, strict=True):
         assert x.dtype == dtype and x.shape == z.shape and x.is_contiguous()
-        # floor: a rounding of each of three factors (g, v, 1/norm; in dv of what is subtracted); dg is a sum that may
-        # cancel, of a size up to |dw|, in the type of computation
+        # floor: a rounding of each of three factors (g, v, 1/norm; in dv of what is subtracted); dg
+        # is a sum that may cancel, of a size up to |dw|, in the type of computation
         floor = 3 * torch.finfo(dtype).eps * (dw.double() if name == "dv" else z).norm()
         if name == "dg":
             floor += (
-                8 * torch.finfo(ours[0].dtype if dtype == torch.float64 else torch.float32).eps * dw.double().norm()
+                8
+                * torch.finfo(ours[0].dtype if dtype == torch.float64 else torch.float32).eps
+                * dw.double().norm()
             )
         assert (x - z).norm() <= factor * (y - z).norm() + floor, (name, (x - z).norm())
 
@@ -99,14 +107,16 @@ def test_eps_bounds_the_norm(shape, dim, backend):
     v[0] *= 1e-3
     norms = torch.norm_except_dim(v, 2, torch_dim(dim))
     for eps in (1e-12, float(norms.flatten().median()) * 1.01):
-        exact = results(lambda v, g: composite_rows(v, g, dim, eps), v, g, dw)
+        exact = results(lambda v, g, eps=eps: composite_rows(v, g, dim, eps), v, g, dw)
         with dispatch.backend(backend):
-            ours = results(lambda v, g: function(v, g, dim, eps), v, g, dw)
+            ours = results(lambda v, g, eps=eps: function(v, g, dim, eps), v, g, dw)
         for x, z in zip(ours, exact, strict=True):
             torch.testing.assert_close(x, z, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.filterwarnings(
+    "ignore:(divide by zero|invalid value):RuntimeWarning"
+)  # numpy's, in the interpreter
 @pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 def test_a_zero_row_is_nan_as_torchs_unless_eps(backend):
     v, g = torch.randn(3, 4), torch.ones(3, 1)
@@ -122,25 +132,33 @@ def test_a_zero_row_is_nan_as_torchs_unless_eps(backend):
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("eps", [None, 1.5])
-@pytest.mark.parametrize("shape, dim", [((3, 2, 4), 0), ((3, 2, 4), 1), ((3, 2, 4), 2), ((3, 2, 4), None), ((4,), 0)])
+@pytest.mark.parametrize(
+    "shape, dim", [((3, 2, 4), 0), ((3, 2, 4), 1), ((3, 2, 4), 2), ((3, 2, 4), None), ((4,), 0)]
+)
 def test_gradcheck_and_gradgradcheck(shape, dim, eps, backend):
     v, g, _ = inputs(shape, dim, torch.float64)
     v, g = v.requires_grad_(), g.requires_grad_()
     with dispatch.backend(backend):
-        assert torch.autograd.gradcheck(lambda v, g: function(v, g, dim, eps), (v, g), fast_mode=backend == "triton")
+        assert torch.autograd.gradcheck(
+            lambda v, g: function(v, g, dim, eps), (v, g), fast_mode=backend == "triton"
+        )
         assert torch.autograd.gradgradcheck(lambda v, g: function(v, g, dim, eps), (v, g))
 
 
 def test_torchs_own_double_backward_is_wrong():
-    """Why the fused dims take our Function under `auto` too; when this fails, torch has been repaired."""
+    """Why the fused dims take our Function under `auto` too; when this fails, torch has been
+    repaired."""
     v, g, _ = inputs((3, 2, 4), 0, torch.float64)
     with pytest.raises(GradcheckError):
-        torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, 0), (v.requires_grad_(), g.requires_grad_()))
+        torch.autograd.gradgradcheck(
+            lambda v, g: torch._weight_norm(v, g, 0), (v.requires_grad_(), g.requires_grad_())
+        )
 
 
 @pytest.mark.parametrize("parts", ["sum", "apply"])
 @pytest.mark.parametrize(
-    "shape, dim", [((3, 4000), 0), ((4001,), None), ((500, 7), 1), ((50, 3, 6), 1), ((40, 2, 130), 1)]
+    "shape, dim",
+    [((3, 4000), 0), ((4001,), None), ((500, 7), 1), ((50, 3, 6), 1), ((40, 2, 130), 1)],
 )
 def test_split_ranges_agree_with_whole_ones(shape, dim, parts, monkeypatch):
     from fastnorm.ops.weight_norm import triton as kernels
@@ -182,12 +200,18 @@ def test_any_strides(dim, backend):
     with dispatch.backend(backend):
         w = function(strided, g.requires_grad_(), dim)
         assert w.is_contiguous()
-        gradients = torch.autograd.grad(w, (strided, g), torch.empty(5, 4, 6, dtype=v.dtype).permute(2, 0, 1).copy_(dw))
+        gradients = torch.autograd.grad(
+            w, (strided, g), torch.empty(5, 4, 6, dtype=v.dtype).permute(2, 0, 1).copy_(dw)
+        )
         expanded = torch.autograd.grad(function(strided, g, dim).sum(), strided)[0]
-        assert torch.autograd.gradgradcheck(lambda v: function(v, g.detach(), dim), strided, fast_mode=True)
+        assert torch.autograd.gradgradcheck(
+            lambda v: function(v, g.detach(), dim), strided, fast_mode=True
+        )
     for x, z in zip((w, *gradients), exact, strict=True):
         torch.testing.assert_close(x, z)
-    torch.testing.assert_close(expanded, results(lambda v, g: composite_rows(v, g, dim, None), v, g, dw * 0 + 1)[1])
+    torch.testing.assert_close(
+        expanded, results(lambda v, g: composite_rows(v, g, dim, None), v, g, dw * 0 + 1)[1]
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
@@ -203,8 +227,14 @@ def test_dtypes_promote_as_torchs_middle_dim(backend):
             with dispatch.backend(backend):
                 w = function(v, g, dim)
             assert w.dtype == (v * g).dtype
-            tolerance = {"rtol": 1e-2, "atol": 1e-2} if w.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
-            torch.testing.assert_close(w.double(), composite_rows(v.double(), g.double(), dim, None), **tolerance)
+            tolerance = (
+                {"rtol": 1e-2, "atol": 1e-2}
+                if w.dtype == torch.bfloat16
+                else {"rtol": 1e-5, "atol": 1e-6}
+            )
+            torch.testing.assert_close(
+                w.double(), composite_rows(v.double(), g.double(), dim, None), **tolerance
+            )
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -213,9 +243,13 @@ def test_ops_pass_opcheck_and_keep_norms_in_fp32(backend):
     with dispatch.backend(backend):
         w, norm = family._forward(v, g, 0, None)
         assert (w.dtype, norm.dtype, norm.shape) == (torch.bfloat16, torch.float32, (4, 1))
-        torch.library.opcheck(family._forward, (v, g, 0, None), test_utils=("test_schema", "test_faketensor"))
         torch.library.opcheck(
-            family._backward, (v, g, norm, dw, 0, None, [True, False]), test_utils=("test_schema", "test_faketensor")
+            family._forward, (v, g, 0, None), test_utils=("test_schema", "test_faketensor")
+        )
+        torch.library.opcheck(
+            family._backward,
+            (v, g, norm, dw, 0, None, [True, False]),
+            test_utils=("test_schema", "test_faketensor"),
         )
 
 
@@ -242,7 +276,12 @@ def test_errors():
         function(torch.tensor(1.0), torch.tensor(1.0), None)
     with pytest.raises(TypeError):
         function(v, torch.ones(3, 1), 0.5)
-    for g in (torch.ones(3), torch.ones(4, 1), torch.ones(()), torch.ones(1, 4)):  # torch reads out of bounds here
+    for g in (
+        torch.ones(3),
+        torch.ones(4, 1),
+        torch.ones(()),
+        torch.ones(1, 4),
+    ):  # torch reads out of bounds here
         with pytest.raises(RuntimeError, match=r"expected g of shape \[3, 1\]"):
             function(v, g, 0)
     with pytest.raises(NotImplementedError):
@@ -263,7 +302,9 @@ def test_compiles_whole(dim, backend):
     exact = results(lambda v, g: function(v, g, dim), v, g, dw)
     torch.compiler.reset()
     with dispatch.backend(backend):
-        compiled = torch.compile(lambda v, g: function(v, g, dim), fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(
+            lambda v, g: function(v, g, dim), fullgraph=True, backend="aot_eager"
+        )
         for x, z in zip(results(compiled, v, g, dw), exact, strict=True):
             torch.testing.assert_close(x, z)
 
@@ -318,7 +359,9 @@ def test_loads_old_names_and_goes_idle_when_removed():
     model.load_state_dict({f"0.{key}": value for key, value in old.state_dict().items()})
     torch.testing.assert_close(model[0].weight, old.weight)
     remove_weight_norm(model[0])
-    assert model.load_state_dict({f"0.{k}": v for k, v in old.state_dict().items()}, strict=False).unexpected_keys == [
+    assert model.load_state_dict(
+        {f"0.{k}": v for k, v in old.state_dict().items()}, strict=False
+    ).unexpected_keys == [
         "0.weight_g",
         "0.weight_v",
     ]
@@ -341,7 +384,11 @@ def test_requires_grad_deepcopy_cached_assignment_and_repr():
     torch.testing.assert_close(twin.weight, twin.weight)
     weight = layer.weight.clone()
     remove_weight_norm(layer)
-    assert type(layer) is nn.Linear and isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad
+    assert (
+        type(layer) is nn.Linear
+        and isinstance(layer.weight, nn.Parameter)
+        and not layer.weight.requires_grad
+    )
     assert torch.equal(layer.weight, weight)
 
 
@@ -452,7 +499,9 @@ def test_first_call_initialises_without_bias_scale_only_and_batches_of_any_form(
     for batch, scale in ((x, 1.0), ((x, 2.0), 2.0), ({"x": x, "scale": 3.0}, 3.0)):
         assert data_dependent_init_(model, batch) == ["layer"]
         model(x, scale)
-        torch.testing.assert_close(model.first.var(0, correction=0), torch.ones(4), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            model.first.var(0, correction=0), torch.ones(4), atol=1e-4, rtol=0
+        )
         assert model.first.mean(0).abs().max() > 0.1
     assert torch.equal(unused, model.unused.weight) and not model.training
 

@@ -29,7 +29,9 @@ class WeightNorm(parametrizations._WeightNorm):
         super().__init__(dim)
         if eps is not None:
             if not eps > 0:
-                raise ValueError(f"expected a positive eps, or None for no lower bound of the norm; got {eps}")
+                raise ValueError(
+                    f"expected a positive eps, or None for no lower bound of the norm; got {eps}"
+                )
             self.eps = eps
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
@@ -47,25 +49,32 @@ class WeightNorm(parametrizations._WeightNorm):
 
 
 class _OldNames:
-    """Loads `weight_g`, `weight_v` of torch's former weight norm; picklable, and idle once the norm is removed."""
+    """Loads `weight_g`, `weight_v` of torch's former weight norm; picklable, and idle once the norm
+    is removed."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    def __call__(
+        self, module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+    ) -> None:
         g, v = f"{prefix}{self.name}_g", f"{prefix}{self.name}_v"
         if g in state_dict and v in state_dict and parametrize.is_parametrized(module, self.name):
             for i, key in enumerate((g, v)):
-                state_dict[f"{prefix}parametrizations.{self.name}.original{i}"] = state_dict.pop(key)
+                state_dict[f"{prefix}parametrizations.{self.name}.original{i}"] = state_dict.pop(
+                    key
+                )
 
 
 def weight_norm(
     module: torch.nn.Module, name: str = "weight", dim: int | None = 0, eps: float | None = None
 ) -> torch.nn.Module:
-    """Give a parameter of a module the form w = g * v / ||v||, as torch.nn.utils.parametrizations.weight_norm does.
+    """Give a parameter of a module the form w = g * v / ||v||, as
+    torch.nn.utils.parametrizations.weight_norm does.
 
-    g and v become ``parametrizations.<name>.original0`` and ``original1``; checkpoints with ``<name>_g`` and
-    ``<name>_v`` load too. On a transposed convolution the default ``dim=0`` is the *input* channel.
+    g and v become ``parametrizations.<name>.original0`` and ``original1``; checkpoints with
+    ``<name>_g`` and ``<name>_v`` load too. On a transposed convolution the default ``dim=0`` is the
+    *input* channel.
 
     Args:
         module: any module; its class becomes ``Parametrized<Class>``.
@@ -91,8 +100,9 @@ def weight_norm(
     """
     if parametrize.is_parametrized(module, name):
         raise RuntimeError(
-            f"Cannot register weight_norm on '{name}': it already has a parametrization, and weight norm, which has "
-            "two tensors, must be the first one. Remove it before, or register the other after weight norm"
+            f"Cannot register weight_norm on '{name}': it already has a parametrization, and "
+            "weight norm, which has two tensors, must be the first one. Remove it before, or "
+            "register the other after weight norm"
         )
     parametrize.register_parametrization(module, name, WeightNorm(dim, eps), unsafe=True)
     module._register_load_state_dict_pre_hook(_OldNames(name), with_module=True)
@@ -118,7 +128,9 @@ def remove_weight_norm(module: torch.nn.Module, name: str = "weight") -> torch.n
         Linear(in_features=20, out_features=40, bias=True)
     """
     if not parametrize.is_parametrized(module, name):
-        return torch.nn.utils.remove_weight_norm(module, name)  # raises ValueError where there is none
+        return torch.nn.utils.remove_weight_norm(
+            module, name
+        )  # raises ValueError where there is none
     chain: Any = module.parametrizations[name]  # type: ignore[index]
     if not any(isinstance(p, parametrizations._WeightNorm) for p in chain):
         raise ValueError(f"weight_norm of '{name}' not found in {module}")

@@ -14,8 +14,9 @@ from fastnorm.ops.activation.reference import ACTIVATIONS, wide
 aten = torch.ops.aten
 
 
-def _wide(x: Tensor | None) -> Tensor | None:
-    return None if x is None else wide(x)
+def _for(x: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """The parameter in the type that x is computed in: ATen takes no other."""
+    return None if parameter is None else parameter.to(wide(x).dtype)
 
 
 def composite(
@@ -55,7 +56,11 @@ def layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     total = x if residual is None else x + residual
     z, mean, rstd = aten.native_layer_norm(
-        wide(total).contiguous(), total.shape[total.dim() - dims :], _wide(weight), _wide(bias), eps
+        wide(total).contiguous(),
+        total.shape[total.dim() - dims :],
+        _for(x, weight),
+        _for(x, bias),
+        eps,
     )
     y = z if activation == "identity" else ACTIVATIONS[activation].value(z)
     return y.to(dtype), mean.reshape(-1), rstd.reshape(-1), total.contiguous() if want_sum else None
@@ -75,7 +80,8 @@ def layer_norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     last = x.dim() - dims
     shape = x.shape[last:]
-    s, dz, w, b = wide(x).contiguous(), wide(dy).contiguous(), _wide(weight), _wide(bias)
+    w, b = _for(x, weight), _for(x, bias)
+    s, dz = wide(x).contiguous(), wide(dy).to(wide(x).dtype).contiguous()
     mean, rstd = (t.view(*x.shape[:last], *[1] * dims) for t in (mean, rstd))
     if activation != "identity":
         z = (s - mean) * rstd

@@ -201,7 +201,8 @@ def _forward_long(
     partial = torch.empty((M, chunks, 2), dtype=mean.dtype, device=y.device)
     normalize_ticket_kernel[(programs,)](
         *outputs, *operands, partial, launch.counters(y, 2 + M), *launch.split(eps),
-        M, N // align, *strides, chunks, lag, programs, CHUNK=CHUNK, PARTS=256, **constants,
+        M, N // align, *strides, chunks, lag, programs, CHUNK=CHUNK, PARTS=256,
+        **{"maxnreg": 128, **constants},  # see _backward_long
     )  # fmt: skip
 
 

@@ -14,14 +14,15 @@ from fastnorm.ops.weight_norm import reference
 
 
 def normalized_dim(ndim: int, dim: int | None) -> int | None:
-    """dim as 0 <= dim < ndim, None for the whole tensor (None or -1, as in torch's weight norm); IndexError if out."""
+    """dim as 0 <= dim < ndim, None for the whole tensor (None or -1, as in torch's weight norm);
+    IndexError if out."""
     dim = -1 if dim is None else operator.index(dim)
     if ndim == 0:
         raise IndexError(f"Dimension specified as {dim} but tensor has no dimensions")
     if not -ndim <= dim < ndim:
         raise IndexError(
-            f"Dimension out of range (expected to be in range of [{-ndim}, {ndim - 1}], but got {dim}): "
-            "give one of these, or None (or -1) for one norm of the whole tensor"
+            f"Dimension out of range (expected to be in range of [{-ndim}, {ndim - 1}], "
+            f"but got {dim}): give one of these, or None (or -1) for one norm of the whole tensor"
         )
     if dim == -1:
         return None
@@ -29,7 +30,8 @@ def normalized_dim(ndim: int, dim: int | None) -> int | None:
 
 
 def norm_shape(v: Tensor, dim: int | None) -> tuple[int, ...]:
-    """The shape of g: v's with ones everywhere but at ``dim`` (normalised); () for the whole tensor."""
+    """The shape of g: v's with ones everywhere but at ``dim`` (normalised); () for the whole
+    tensor."""
     if dim is None:
         return ()
     shape = [1] * v.dim()
@@ -40,7 +42,9 @@ def norm_shape(v: Tensor, dim: int | None) -> tuple[int, ...]:
 def _check(v: Tensor, g: Tensor, dim: int | None) -> None:
     if not (v.is_floating_point() and g.is_floating_point()):
         wrong = g.dtype if v.is_floating_point() else v.dtype
-        raise NotImplementedError(f'"weight_norm" not implemented for {wrong}: give floating-point tensors')
+        raise NotImplementedError(
+            f'"weight_norm" not implemented for {wrong}: give floating-point tensors'
+        )
     if g.shape != norm_shape(v, dim):
         raise RuntimeError(
             f"expected g of shape {list(norm_shape(v, dim))} for v of shape {list(v.shape)} and "
@@ -53,14 +57,24 @@ def _check(v: Tensor, g: Tensor, dim: int | None) -> None:
 # the outputs, and what an op of this family looks like to torch
 
 
-def _forward_outputs(v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> tuple[Tensor, Tensor]:
+def _forward_outputs(
+    v: Tensor, g: Tensor, dim: int | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
     dtype = torch.result_type(v, g)
     w = torch.empty_like(v, dtype=dtype, memory_format=torch.contiguous_format)
-    return w, torch.empty_like(g, dtype=reference.wide(dtype), memory_format=torch.contiguous_format)
+    return w, torch.empty_like(
+        g, dtype=reference.wide(dtype), memory_format=torch.contiguous_format
+    )
 
 
 def _backward_outputs(
-    v: Tensor, g: Tensor, norm: Tensor, dw: Tensor, dim: int | None, eps: float | None, needs: list[bool]
+    v: Tensor,
+    g: Tensor,
+    norm: Tensor,
+    dw: Tensor,
+    dim: int | None,
+    eps: float | None,
+    needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     form = torch.contiguous_format
     return (
@@ -78,16 +92,19 @@ _forward = register(
 _backward = register(
     "weight_norm",
     "weight_norm_backward",
-    "(Tensor v, Tensor g, Tensor norm, Tensor dw, int? dim, float? eps, bool[2] needs) -> (Tensor?, Tensor?)",
+    "(Tensor v, Tensor g, Tensor norm, Tensor dw, int? dim, float? eps, bool[2] needs)"
+    " -> (Tensor?, Tensor?)",
     _backward_outputs,
 )
 
 
 class WeightNormFunction(torch.autograd.Function):
-    """w = g * v / ||v||; saves v, g and the norm. ``own`` False: ATen's kernel instead of our ops."""
+    """w = g * v / ||v||; saves v, g and the norm; ``own`` False: ATen's kernel."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, g: Tensor, dim: int | None, eps: float | None, own: bool) -> Tensor:
+    def forward(
+        ctx: Any, v: Tensor, g: Tensor, dim: int | None, eps: float | None, own: bool
+    ) -> Tensor:
         if own:
             w, norm = _forward(v, g, dim, eps)
         else:
@@ -100,16 +117,23 @@ class WeightNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         v, g, norm = ctx.saved_tensors
         if torch.is_grad_enabled():
-            dv, dg = differentiable_backward(lambda v, g: reference.composite(v, g, ctx.dim, ctx.eps), (v, g), dw)
+            dv, dg = differentiable_backward(
+                lambda v, g: reference.composite(v, g, ctx.dim, ctx.eps), (v, g), dw
+            )
         elif ctx.own:
-            dv, dg = _backward(v, g, norm, dw.contiguous(), ctx.dim, ctx.eps, list(ctx.needs_input_grad[:2]))
+            dv, dg = _backward(
+                v, g, norm, dw.contiguous(), ctx.dim, ctx.eps, list(ctx.needs_input_grad[:2])
+            )
         else:
-            dv, dg = torch.ops.aten._weight_norm_interface_backward(dw.contiguous(), v, g, norm, ctx.dim)
+            dv, dg = torch.ops.aten._weight_norm_interface_backward(
+                dw.contiguous(), v, g, norm, ctx.dim
+            )
         return dv, dg, None, None, None
 
 
 def _apply(v: Tensor, g: Tensor, dim: int | None, eps: float | None, own: bool) -> Tensor:
-    # made contiguous here and not in the Function: double backward must find the way back to a strided v
+    # made contiguous here and not in the Function: double backward must find the way back to a
+    # strided v
     w: Tensor = WeightNormFunction.apply(v.contiguous(), g.contiguous(), dim, eps, own)  # type: ignore[no-untyped-call]
     return w
 
@@ -118,7 +142,8 @@ def _native(v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> Tensor:
     # torch's kernel knows no eps and one dtype; torch.func and forward AD do not see through it
     if eps is not None or v.dtype != g.dtype or dispatch.transformed():
         return reference.composite(v, g, dim, eps)
-    # its double backward takes the norm for a constant where it is fused (first and last dim): ours replaces it
+    # its double backward takes the norm for a constant where it is fused (first and last dim): ours
+    # replaces it
     fused = (dim == 0 or dim == v.dim() - 1) and (v.is_cpu or v.is_cuda)
     wanted = torch.is_grad_enabled() and (v.requires_grad or g.requires_grad)
     if fused and wanted and not torch.compiler.is_compiling():
@@ -130,19 +155,21 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0, eps: float | None = N
     """A weight of direction v and length g.
 
     .. math:: w = g\\,\\frac{v}{\\lVert v \\rVert}, \\qquad
-        \\frac{\\partial L}{\\partial g} = \\frac{\\langle \\nabla_w, v \\rangle}{\\lVert v \\rVert}, \\qquad
+        \\frac{\\partial L}{\\partial g} = \\frac{\\langle \\nabla_w, v \\rangle}{\\lVert v \\rVert},
+        \\qquad
         \\nabla_v = \\frac{g}{\\lVert v \\rVert} \\left(\\nabla_w - \\frac{\\partial L}{\\partial g}
         \\frac{v}{\\lVert v \\rVert}\\right)
 
-    The norm is taken over every dimension but ``dim``, in fp32 for half types. On a transposed convolution the
-    default ``dim=0`` is the *input* channel, as in torch; ``dim=1`` gives one norm per output channel.
+    The norm is taken over every dimension but ``dim``, in fp32 for half types. On a transposed
+    convolution the default ``dim=0`` is the *input* channel, as in torch; ``dim=1`` gives one norm
+    per output channel.
 
     Args:
         v: the direction, any shape of at least one dimension, floating point, any strides.
         g: the length: v's shape with ones everywhere but at ``dim``; 0-d for the whole tensor.
         dim: the dimension that keeps its own norms; None or -1: one norm for the whole tensor.
-        eps: norms below ``eps`` count as ``eps`` (as in torch.nn.functional.normalize); None: a zero row gives NaN,
-            as torch's.
+        eps: norms below ``eps`` count as ``eps`` (as in torch.nn.functional.normalize); None: a
+            zero row gives NaN, as torch's.
 
     Returns:
         v's shape, contiguous; the dtype that v and g promote to.
@@ -163,9 +190,12 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0, eps: float | None = N
     dim = normalized_dim(v.dim(), dim)
     _check(v, g, dim)
     if eps is not None and not eps > 0:
-        raise ValueError(f"expected a positive eps, or None for no lower bound of the norm; got {eps}")
+        raise ValueError(
+            f"expected a positive eps, or None for no lower bound of the norm; got {eps}"
+        )
     if v.numel() == 0:
-        return v * g  # nothing to normalise: zero gradients, where a norm would give 0/0 (and torch's kernel a crash)
+        # nothing to normalise: zero gradients, where a norm would give 0/0 (torch's kernel: a crash)
+        return v * g
     if dispatch.native("weight_norm", v):
         return _native(v, g, dim, eps)
     return _apply(v, g, dim, eps, own=True)

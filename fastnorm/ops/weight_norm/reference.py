@@ -1,4 +1,5 @@
-"""Weight norm on ATen's own kernel: the oracle everywhere, the implementation where there is no GPU."""
+"""Weight norm on ATen's own kernel: the oracle everywhere, the implementation where there is no
+GPU."""
 
 from __future__ import annotations
 
@@ -22,12 +23,14 @@ def _norm(v: Tensor, dim: int | None) -> Tensor:
 
 
 def composite(v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> Tensor:
-    """w as differentiable torch functions, any number of times (torch's own double backward forgets d||v||/dv)."""
+    """w as differentiable torch functions, any number of times (torch's own double backward forgets
+    d||v||/dv)."""
     dtype = torch.result_type(v, g)
     v, g = v.to(wide(dtype)), g.to(wide(dtype))
     norm = _norm(v, dim)
     if eps is not None:
-        # the norm of a clamped row is taken of ones: the derivatives of ||v|| at 0 are NaN from the second on
+        # the norm of a clamped row is taken of ones: the derivatives of ||v|| at 0 are NaN from the
+        # second on
         short = norm.detach() < eps
         norm = torch.where(short, eps, _norm(torch.where(short, 1.0, v), dim))
     return (v * (g / norm)).to(dtype).contiguous()
@@ -45,7 +48,9 @@ def _unrows(rows: Tensor, like: Tensor, dim: int | None) -> Tensor:
     return rows.view(moved).movedim(0, dim).contiguous()
 
 
-def weight_norm_forward(v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> tuple[Tensor, Tensor]:
+def weight_norm_forward(
+    v: Tensor, g: Tensor, dim: int | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
     dtype = torch.result_type(v, g)
     rows, scale = _rows(v.to(wide(dtype)), dim).contiguous(), g.to(wide(dtype)).reshape(-1, 1)
     w, norm = aten._weight_norm_interface(rows, scale, 0)
@@ -55,7 +60,13 @@ def weight_norm_forward(v: Tensor, g: Tensor, dim: int | None, eps: float | None
 
 
 def weight_norm_backward(
-    v: Tensor, g: Tensor, norm: Tensor, dw: Tensor, dim: int | None, eps: float | None, needs: list[bool]
+    v: Tensor,
+    g: Tensor,
+    norm: Tensor,
+    dw: Tensor,
+    dim: int | None,
+    eps: float | None,
+    needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     dtype = norm.dtype
     rows, drows = _rows(v.to(dtype), dim).contiguous(), _rows(dw.to(dtype), dim).contiguous()

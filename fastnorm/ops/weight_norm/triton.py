@@ -1,8 +1,10 @@
-"""Weight norm on Triton, for every dim, as v seen [A, K, B]: a norm over A and B, one for each of K.
+"""Weight norm on Triton, for every dim, as v seen [A, K, B]: a norm over A and B, one for each of
+K.
 
-triton_rows.py serves A = 1 (dim 0; the whole tensor as one row), triton_columns.py the rest. Where whole norms are too
-few programs for the device, each range is split: a first launch writes the sums of the parts, a second merges them, in
-fixed order, and writes the result. Otherwise, and for every small tensor, one launch does both.
+triton_rows.py serves A = 1 (dim 0; the whole tensor as one row), triton_columns.py the rest. Where
+whole norms are too few programs for the device, each range is split: a first launch writes the sums
+of the parts, a second merges them, in fixed order, and writes the result. Otherwise, and for every
+small tensor, one launch does both.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from fastnorm.ops.weight_norm.triton_columns import columns_backward_kernel, col
 from fastnorm.ops.weight_norm.triton_common import APPLY, BOTH, LONG, ONE, SEVERAL, SUM
 from fastnorm.ops.weight_norm.triton_rows import rows_backward_kernel, rows_forward_kernel
 
-HELD_ELEMENTS = 8192  # of a tile that stays in registers; half in backward, which has two (v and dw), and half in loops
+# of a tile that stays in registers; half in backward, which has two (v and dw), and half in loops
+HELD_ELEMENTS = 8192
 LOOP_ELEMENTS = 4096  # of a tile of a loop
 SPLIT_FROM = 1 << 17  # elements: a smaller tensor takes one launch
 MAX_SPLITS = 64  # partials that every program of the second launch merges
@@ -52,7 +55,13 @@ def _rows_plan(v: Tensor, K: int, B: int, held: int) -> Plan:
     per_split = triton.cdiv(blocks, splits)
     # a single row may have any length: no other row starts at it
     stride_align, align = (16 if K == 1 else _align(B)), _align(B)
-    sizes = [K, 0 if K == 1 else B // stride_align, B // align, per_split, triton.cdiv(blocks, per_split)]
+    sizes = [
+        K,
+        0 if K == 1 else B // stride_align,
+        B // align,
+        per_split,
+        triton.cdiv(blocks, per_split),
+    ]
     constants: dict[str, int | bool] = {
         "ROWS": rows,
         "BLOCK": block,
@@ -67,11 +76,13 @@ def _columns_plan(
     v: Tensor, A: int, K: int, B: int, held: int
 ) -> tuple[int, int, int, list[int], dict[str, int | bool]]:
     C, block_c = K * B, 64 if B <= 16 else 128
-    step = _align(C) // _align(C, B) if B < 64 else 1  # channels to the next column that a vector may start at
+    step = (
+        _align(C) // _align(C, B) if B < 64 else 1
+    )  # channels to the next column that a vector may start at
     step = min(step, 8)
-    group = max(1, min(block_c // B // step * step or block_c // B, K)) if B <= block_c else 1
+    group = max(1, min(block_c // B // step * step or block_c // B, K)) if block_c >= B else 1
     width = group * B
-    form = ONE if B == 1 else SEVERAL if B <= block_c else LONG
+    form = ONE if B == 1 else SEVERAL if block_c >= B else LONG
     block_a = min(triton.next_power_of_2(A), max(1, held // 2 // block_c))
     groups, blocks = triton.cdiv(K, group), triton.cdiv(A, block_a)
     splits = _splits(v, groups, blocks)
@@ -102,7 +113,13 @@ def _canonical(v: Tensor, dim: int | None) -> tuple[int, int, int]:
 
 
 def _launch(
-    forward: bool, v: Tensor, norm: Tensor, dim: int | None, eps: float | None, arguments: list[list[Any]], **flags: Any
+    forward: bool,
+    v: Tensor,
+    norm: Tensor,
+    dim: int | None,
+    eps: float | None,
+    arguments: list[list[Any]],
+    **flags: Any,
 ) -> None:
     A, K, B = _canonical(v, dim)
     held = HELD_ELEMENTS if forward else HELD_ELEMENTS // 2
@@ -134,7 +151,9 @@ def _launch(
         )
 
 
-def weight_norm_forward(v: Tensor, g: Tensor, dim: int | None, eps: float | None, w: Tensor, norm: Tensor) -> None:
+def weight_norm_forward(
+    v: Tensor, g: Tensor, dim: int | None, eps: float | None, w: Tensor, norm: Tensor
+) -> None:
     _launch(True, v, norm, dim, eps, [[w, norm], [v, g]])
 
 
@@ -149,4 +168,6 @@ def weight_norm_backward(
     dv: Tensor | None,
     dg: Tensor | None,
 ) -> None:
-    _launch(False, v, norm, dim, eps, [[dv, dg], [v, g, norm, dw]], NEEDS_DV=needs[0], NEEDS_DG=needs[1])
+    _launch(
+        False, v, norm, dim, eps, [[dv, dg], [v, g, norm, dw]], NEEDS_DV=needs[0], NEEDS_DG=needs[1]
+    )

@@ -1,7 +1,8 @@
-"""Weight norm over columns: v is the row-major matrix [A, K * B], one norm for every B adjacent columns.
+"""Weight norm over columns: v is the row-major matrix [A, K * B], one norm for every B adjacent
+columns.
 
-A middle dim, or the last (B = 1). A program owns whole channels: `width` columns, in one block of them unless a
-single channel has more. A range that fits is HELD in registers and read once.
+A middle dim, or the last (B = 1). A program owns whole channels: `width` columns, in one block of
+them unless a single channel has more. A range that fits is HELD in registers and read once.
 """
 
 from __future__ import annotations
@@ -9,7 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastnorm.ops.weight_norm.triton_common import APPLY, LONG, ONE, SUM, divide, length_of, projection, root
+from fastnorm.ops.weight_norm.triton_common import (
+    APPLY,
+    LONG,
+    ONE,
+    SUM,
+    divide,
+    length_of,
+    projection,
+    root,
+)
 
 
 @triton.jit
@@ -92,7 +102,11 @@ def columns_forward_kernel(
                 for c in range(0, width, BLOCK_C):
                     mask = (row + a < A)[:, None] & (inside & (c + column < width))[None, :]
                     x = tl.load(v_ptr + row * C + c + offsets, mask=mask, other=0.0).to(wide)
-                    tl.store(w_ptr + row * C + c + offsets, (x * scale).to(w_ptr.dtype.element_ty), mask=mask)
+                    tl.store(
+                        w_ptr + row * C + c + offsets,
+                        (x * scale).to(w_ptr.dtype.element_ty),
+                        mask=mask,
+                    )
 
 
 @triton.jit(do_not_specialize=["K", "A", "C_units", "width_units", "B", "blocks", "splits"])
@@ -167,7 +181,11 @@ def columns_backward_kernel(
             scale = divide(tl.load(g_ptr + k, mask=inside, other=0.0).to(wide), length)[None, :]
             along = projection(dot, norm, length, EPS)[None, :]
             if HELD:
-                tl.store(dv_ptr + offsets, (scale * (dw - along * v)).to(dv_ptr.dtype.element_ty), mask=held)
+                tl.store(
+                    dv_ptr + offsets,
+                    (scale * (dw - along * v)).to(dv_ptr.dtype.element_ty),
+                    mask=held,
+                )
             else:
                 for i in range(blocks):
                     row = start + i * BLOCK_A

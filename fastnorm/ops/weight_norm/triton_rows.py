@@ -1,6 +1,7 @@
 """Weight norm over rows: v is [K, B], one norm for each row (dim 0), or one row (the whole tensor).
 
-A tile is [ROWS, BLOCK]. A row that fits is HELD in registers and read once; longer rows are looped over, ROWS = 1.
+A tile is [ROWS, BLOCK]. A row that fits is HELD in registers and read once; longer rows are looped
+over, ROWS = 1.
 """
 
 from __future__ import annotations
@@ -74,7 +75,11 @@ def rows_forward_kernel(
             tl.store(partial_ptr + k * SPLITS + split, squares)
     else:
         merge = tl.arange(0, SPLITS)
-        parts = tl.load(partial_ptr + k[:, None] * SPLITS + merge[None, :], mask=(merge < splits)[None, :], other=0.0)
+        parts = tl.load(
+            partial_ptr + k[:, None] * SPLITS + merge[None, :],
+            mask=(merge < splits)[None, :],
+            other=0.0,
+        )
         squares = tl.sum(parts, 1)
     if PHASE != SUM:
         norm = tl.where(k < K, root(squares), 1.0)
@@ -142,7 +147,11 @@ def rows_backward_kernel(
             tl.store(partial_ptr + k * SPLITS + split, dot)
     else:
         merge = tl.arange(0, SPLITS)
-        parts = tl.load(partial_ptr + k[:, None] * SPLITS + merge[None, :], mask=(merge < splits)[None, :], other=0.0)
+        parts = tl.load(
+            partial_ptr + k[:, None] * SPLITS + merge[None, :],
+            mask=(merge < splits)[None, :],
+            other=0.0,
+        )
         dot = tl.sum(parts, 1)
     if PHASE != SUM:
         norm = tl.load(norm_ptr + k, mask=k < K, other=1.0)
@@ -155,7 +164,11 @@ def rows_backward_kernel(
             scale = divide(tl.load(g_ptr + k, mask=k < K, other=0.0).to(wide), length)[:, None]
             along = projection(dot, norm, length, EPS)[:, None]
             if HELD:
-                tl.store(dv_ptr + offsets, (scale * (dw - along * v)).to(dv_ptr.dtype.element_ty), mask=inside)
+                tl.store(
+                    dv_ptr + offsets,
+                    (scale * (dw - along * v)).to(dv_ptr.dtype.element_ty),
+                    mask=inside,
+                )
             else:
                 for i in range(blocks):
                     c = start + i * BLOCK
