@@ -27,7 +27,7 @@ def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_block_ends_where_it_began() -> None:
     before = dispatch._forced
-    with fastnorm.backend("reference"), pytest.raises(KeyError):
+    with fastnorm.backend("reference"), pytest.raises(KeyError):  # noqa: PT012
         assert dispatch._forced == "reference"
         with fastnorm.backend("triton"):
             assert dispatch._forced == "triton"
