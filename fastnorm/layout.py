@@ -11,11 +11,21 @@ from torch import Tensor
 def dense(x: Tensor) -> Tensor:
     """x itself where it covers its storage without gaps or overlaps, else a compact copy in the
     same order."""
-    return (
-        x
-        if torch.ops.aten.is_non_overlapping_and_dense(x)
-        else x.clone(memory_format=torch.preserve_format)
-    )
+    return x if _is_dense(x) else x.clone(memory_format=torch.preserve_format)
+
+
+def _is_dense(x: Tensor) -> bool:
+    if not torch.compiler.is_compiling():
+        return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
+    if x.is_contiguous():
+        return True
+    # the same by hand: Dynamo cannot trace an operator whose result is no tensor
+    extent = 1
+    for step, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and step != extent:
+            return False
+        extent *= size
+    return True
 
 
 def match(x: Tensor, like: Tensor) -> Tensor:
@@ -73,8 +83,10 @@ def to_planes(x: Tensor) -> Tensor:
     """x itself where a kernel reads it in place ([N, C, S] with channels or positions adjacent),
     else a dense copy."""
     view = planes(x)
-    if view is not None and (view.stride(2) == 1 or view.stride(1) == 1 or view.size(2) == 1):
-        return x
+    if view is not None:
+        channels_adjacent = view.stride(1) == 1 and view.size(1) > 1
+        if view.stride(2) == 1 or channels_adjacent or view.size(2) == 1:
+            return x
     return planes_like(x).copy_(x)
 
 

@@ -152,8 +152,11 @@ def activation(input: Tensor, name: str | None, inplace: bool = False) -> Tensor
 
 def _activation(input: Tensor, name: str, inplace: bool = False) -> Tensor:
     if dispatch.native("activation", input):
-        y = reference.ACTIVATIONS[name].value(input)
-        return input.copy_(y) if inplace else y
+        if not inplace:
+            return reference.ACTIVATIONS[name].value(input)
+        # of a copy: what torch's functions save for backward must not be overwritten
+        copied = torch.is_grad_enabled() and input.requires_grad
+        return input.copy_(reference.ACTIVATIONS[name].value(input.clone() if copied else input))
     _check_dtype(input, name)
     # copied outside the Function, where autograd sees it: what a Function saves must be what it was given
     if not inplace:
@@ -283,7 +286,7 @@ def swish(input: Tensor, beta: Tensor | float = 1.0) -> Tensor:
     """
     _check_dtype(input, "swish")
     if not isinstance(beta, Tensor):
-        beta = torch.full((1,), float(beta), dtype=torch.float32, device=input.device)
+        beta = torch.full((1,), float(beta), dtype=reference.wide_dtype(input), device=input.device)
     channels = input.size(1) if input.dim() > 1 else 1
     if beta.numel() != 1 and tuple(beta.shape) != (channels,):
         raise ValueError(
@@ -297,5 +300,5 @@ def swish(input: Tensor, beta: Tensor | float = 1.0) -> Tensor:
     x = layout.dense(input)
     if beta.numel() > 1 and not layout.canonical(x):
         x = x.contiguous()
-    result: Tensor = SwishFunction.apply(x, beta)  # type: ignore[no-untyped-call]
+    result: Tensor = SwishFunction.apply(x, beta.contiguous())  # type: ignore[no-untyped-call]
     return result

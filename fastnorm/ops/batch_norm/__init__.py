@@ -375,7 +375,7 @@ def mean_only_batch_norm(
     if dispatch.transformed():
         if training:
             with torch.no_grad():
-                reference.mean_only_batch_norm_forward(input, bias, running_mean, num_batches_tracked, True, momentum)
+                reference.mean_only_statistics(input, running_mean, num_batches_tracked, momentum)
         return reference.mean_only_composite(input, bias, None if training else running_mean)
     y: Tensor = MeanOnlyBatchNormFunction.apply(  # type: ignore[no-untyped-call]
         layout.to_planes(input), bias, running_mean, num_batches_tracked if training else None, training, momentum

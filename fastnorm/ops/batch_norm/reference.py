@@ -68,13 +68,15 @@ def factor(momentum: float | None, num_batches_tracked: Tensor | None) -> Tensor
 def move(running: Tensor | None, value: Tensor, share: Tensor | float) -> None:
     if running is not None:
         old = wide(running)
-        running.copy_(old * (1 - share) + value.to(old.dtype) * share)
+        # .data: as in torch's kernels, this is no change that autograd counts
+        running.data.copy_(old * (1 - share) + value.to(old.dtype) * share)
 
 
 def _normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """ATen's training forward, without its running statistics, whatever mixture of dtypes the parameters are."""
     types = {p.dtype for p in (weight, bias) if p is not None}
-    if types <= {x.dtype} or (types == {torch.float32} and x.dtype in (torch.half, torch.bfloat16)):
+    # ATen rounds the statistics to the parameters' type, or the input's: they must stay wide
+    if (types or {x.dtype}) == {wide(x).dtype}:
         y, mean, rstd = aten.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     else:
         parameters = [None if p is None else p.to(wide(x).dtype) for p in (weight, bias)]
@@ -148,6 +150,15 @@ def batch_norm_backward(
     )
 
 
+def mean_only_statistics(
+    x: Tensor, running_mean: Tensor | None, num_batches_tracked: Tensor | None, momentum: float | None
+) -> Tensor:
+    """The batch's mean, towards which the running mean has moved."""
+    mean = wide(x).mean([0, *range(2, x.dim())])
+    move(running_mean, mean, factor(momentum, num_batches_tracked))
+    return mean
+
+
 def mean_only_batch_norm_forward(
     x: Tensor,
     bias: Tensor | None,
@@ -156,12 +167,9 @@ def mean_only_batch_norm_forward(
     batch_stats: bool,
     momentum: float | None,
 ) -> Tensor:
-    mean = None
+    mean = running_mean
     if batch_stats:
-        mean = wide(x).mean([0, *range(2, x.dim())])
-        move(running_mean, mean, factor(momentum, num_batches_tracked))
-    else:
-        mean = running_mean
+        mean = mean_only_statistics(x, running_mean, num_batches_tracked, momentum)
     return layout.match(mean_only_composite(x, bias, mean), layout.planes_like(x))
 
 

@@ -165,8 +165,11 @@ def forward_owner_kernel(
         tile_mean, tile_m2 = tile_statistics(x, mask, size)
         # Chan's merge
         share = size / (seen + size)
-        delta = tile_mean - mean
-        mean = tl.where(seen == 0, tile_mean, mean + delta * share)
+        # from an infinite mean there is no difference: it must stay infinite, not become NaN
+        delta = tl.where(mean - mean == 0, tile_mean - mean, tile_mean)
+        merged = tl.where(seen == 0, tile_mean, mean + delta * share)
+        # an infinite mean must stay infinite: delta would make it NaN
+        mean = tl.where(mean - mean == 0, merged, mean + tile_mean)
         m2 += tl.where(seen == 0, tile_m2, tile_m2 + delta * delta * (seen * share))
         seen += size
     var = m2 / count
