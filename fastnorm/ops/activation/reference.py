@@ -67,9 +67,14 @@ def activation_backward(x: Tensor, dy: Tensor, name: str) -> Tensor:
     return ACTIVATIONS[name].gradient(dy, x)
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The type that x is computed in: fp32, fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
-    """x in the type that it is computed in: fp32, fp64 for fp64."""
-    return x if x.dtype == torch.float64 else x.float()
+    """x in the type that it is computed in."""
+    return x.to(wide_dtype(x))
 
 
 def channelwise(beta: Tensor, x: Tensor) -> Tensor:
