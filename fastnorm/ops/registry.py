@@ -73,8 +73,13 @@ def differentiable_backward(
     double backward goes through torch's own functions. One gradient per input; None where an input
     is None or needs none.
     """
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
     with torch.enable_grad():
+        # views: a residual that x was computed from, or x itself given twice, must not receive x's
+        # gradient on top of its own
+        inputs = tuple(x.view_as(x) if x is not None and x.requires_grad else x for x in inputs)
+        wanted = [x for x in inputs if x is not None and x.requires_grad]
+        if not wanted:
+            return (None,) * len(inputs)
         outputs = composite(*inputs)
         found = iter(
             torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True)
