@@ -22,12 +22,19 @@ from fastnorm.ops.batch_norm.triton_forward import (
 from fastnorm.ops.batch_norm.triton_launch import OPTIONS, sizes, wide_type, workspace
 
 
+def _compact(*parameters: Tensor | None) -> list[Tensor | None]:
+    """Parameters as the kernels read them: [C] without gaps, of slices and expansions too."""
+    return [None if p is None else p.contiguous() for p in parameters]
+
+
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
     batch_stats: bool, momentum: float | None, eps: float, activation: str,
     y: Tensor, mean: Tensor | None, rstd: Tensor | None, center_only: bool,
 ) -> None:  # fmt: skip
+    buffers = (running_mean, running_var)
+    weight, bias, running_mean, running_var = _compact(weight, bias, *buffers)
     p = plan(x, y, operands=1 if residual is None else 2)
     constants: dict[str, Any] = dict(
         p.constants,
@@ -56,6 +63,9 @@ def _forward(
         CUMULATIVE=momentum is None and track,
         **constants,
     )  # fmt: skip
+    for buffer, moved in zip(buffers, (running_mean, running_var), strict=True):
+        if buffer is not None and moved is not None and moved is not buffer:
+            buffer.copy_(moved)
 
 
 def batch_norm_forward(
@@ -90,6 +100,7 @@ def _backward(
 ) -> None:  # fmt: skip
     plain = activation == "identity"
     residual = None if plain else residual
+    weight, bias = _compact(weight, bias)
     p = plan(x, dy, operands=1 if center_only else 2 if residual is None else 3)
     writes = dx is not None or dresidual is not None
     reduces = dweight is not None or dbias is not None
