@@ -49,6 +49,10 @@ def tile_offsets(
         group = group.to(tl.int64)
         tile = tl.cast(tile, tl.int64)
         N = N.to(tl.int64)
+        S = S.to(tl.int64)
+        x_stride_n = x_stride_n.to(tl.int64)  # in units: the stride itself may not fit 32 bits
+        x_stride_c = x_stride_c.to(tl.int64)
+        x_stride_s = x_stride_s.to(tl.int64)
     channels = C * C_ALIGN
     c = group * BLOCK_C + tl.arange(0, BLOCK_C)
     v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
