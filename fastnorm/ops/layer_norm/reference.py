@@ -30,7 +30,7 @@ def composite(
     """Layer norm and its activation as torch's own functions, differentiable any number of
     times."""
     mixed = any(p is not None and p.dtype != x.dtype for p in (weight, bias))
-    if not mixed or torch.is_autocast_enabled(x.device.type):
+    if not mixed or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
         y = F.layer_norm(x, shape, weight, bias, eps)
     else:  # torch rejects most mixtures of dtypes, and what it accepts it computes in fp32 too
         kind = (
