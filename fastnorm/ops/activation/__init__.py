@@ -66,6 +66,14 @@ _swish_backward = register(
 )
 
 
+def _gradient(x: Tensor, dy: Tensor, name: str) -> Tensor | None:
+    if torch.is_grad_enabled():
+        (dx,) = differentiable_backward(reference.ACTIVATIONS[name].value, (x,), dy)
+        return dx
+    dx = _backward(x, layout.match(dy, x), name)
+    return dx
+
+
 class ActivationFunction(torch.autograd.Function):
     """y = activation(x); saves x alone."""
 
@@ -78,10 +86,7 @@ class ActivationFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *differentiable_backward(reference.ACTIVATIONS[ctx.name].value, (x,), dy), None
-        return _backward(x, layout.match(dy, x), ctx.name), None
+        return _gradient(*ctx.saved_tensors, dy, ctx.name), None
 
 
 class InplaceActivationFunction(torch.autograd.Function):
@@ -97,8 +102,8 @@ class InplaceActivationFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, _ = ActivationFunction.backward(ctx, dy)
-        return dx, None, None
+        # not through the other Function's backward: Dynamo cannot trace one from within another
+        return _gradient(*ctx.saved_tensors, dy, ctx.name), None, None
 
 
 class SwishFunction(torch.autograd.Function):
