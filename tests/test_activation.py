@@ -1,7 +1,7 @@
-"""Activations: values and slopes against fp64, the points where they switch, layouts, in place, and Swish.
+"""Activations: values and slopes against fp64, switch points, limits, layouts, in place, Swish.
 
-What hard piecewise functions have for the *gradient* at NaN is in no table here: torch's own scalar and vector CPU
-kernels disagree about it.
+What hard piecewise functions have for the *gradient* at NaN is in no table here: torch's own scalar
+and vector CPU kernels disagree about it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def test_values_and_gradients(backend, name, dtype):
         assert_as_good_as_torch(ours, torchs, {"x": x}, dy, f"{name} {size}")
 
 
-# x -> y, slope; exact: where a piecewise function switches, both sides of it, and what float rounds to nothing
+# x, y, slope: where a piecewise function switches, both sides of it, and what rounds to nothing
 SWITCHES = {
     "relu": [(0.0, 0.0, 0.0), (-0.0, 0.0, 0.0), (1e-30, 1e-30, 1.0), (-1e-30, 0.0, 0.0)],
     "relu6": [
@@ -173,7 +173,7 @@ SLOPES = {
 @numpy_warns
 @every_name
 def test_limits(backend, name):
-    # torch's vectorised CPU kernel has NaN for gelu(inf) in fp32, and inf in fp64 and for single values
+    # torch's vectorised CPU kernel has NaN for gelu(inf) in fp32; inf in fp64 and one by one
     dtype = torch.float64 if name == "gelu" and backend != "triton" else torch.float32
     x = torch.tensor([-INF, INF, NAN], dtype=dtype)
     y, _ = value_and_slope(lambda x: functional.activation(x, name), x)
@@ -226,7 +226,7 @@ def test_dtypes_that_are_refused(backend, function, dtype):
     if backend == "auto" and function == "silu" and dtype == torch.complex64:
         torch.testing.assert_close(functional.silu(x), F.silu(x))  # torch's own, which serves it
         return
-    with pytest.raises((NotImplementedError, RuntimeError), match="not implemented|not supported"):
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"not implemented|not supported"):
         getattr(functional, function)(x)
     if backend != "auto" and function != "selu":
         with pytest.raises(NotImplementedError):
@@ -397,8 +397,7 @@ def test_gradcheck(backend, name):
     x.requires_grad_()
     function = lambda x: functional.activation(x, name)  # noqa: E731
     assert torch.autograd.gradcheck(function, (x,))
-    if name not in ("hardswish",):  # torch has no second derivative of it on some devices
-        assert torch.autograd.gradgradcheck(function, (x,))
+    assert torch.autograd.gradgradcheck(function, (x,))
 
 
 @everywhere

@@ -480,7 +480,7 @@ def test_frozen_and_absent_parameters(backend, case, training):
             layer.bias = None
     x = torch.randn(3, 5, 4, 2, dtype=torch.float64)
     agree(theirs, ours, x)
-    if case == "both":  # the input alone may be what needs no gradient
+    if case == "both":  # it may also be the input that needs no gradient
         for layer in (theirs, ours):
             layer.zero_grad()
             layer(x).pow(3).sum().backward()
@@ -520,10 +520,10 @@ def test_input_changed_before_backward(backend, training):
 def test_output_may_be_changed(backend, training):
     theirs, ours = (layer.train(training) for layer in twins())
     x = torch.randn(3, 5, 4, 2, dtype=torch.float64)
-    agree(lambda_of(theirs), lambda_of(ours), x)
+    agree(then_relu_in_place(theirs), then_relu_in_place(ours), x)
 
 
-def lambda_of(layer):
+def then_relu_in_place(layer):
     return nn.Sequential(layer, nn.ReLU(inplace=True))
 
 
@@ -1017,7 +1017,7 @@ def test_both_forms_of_the_kernels(form, layout, activation):
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_both_forms_of_mean_only(form, layout):
     x = MANY_TILES[layout]()
-    layer = type("Layer", (fastnorm.MeanOnlyBatchNorm2d,), {})(x.size(1))
+    layer = fastnorm.MeanOnlyBatchNorm2d(x.size(1))
     dy = torch.randn(x.shape)
     y, dx, dbias = results(layer, x, dy)
     assert idle()
