@@ -15,7 +15,7 @@ from fastnorm.ops.activation.triton_elementwise import backward_kernel, forward_
 from fastnorm.ops.activation.triton_swish import swish_backward_kernel, swish_forward_kernel
 from fastnorm.ops.activation.triton_values import ACTIVATIONS
 from fastnorm.ops.batch_norm.plan import plan
-from fastnorm.ops.batch_norm.triton_launch import OPTIONS, sizes, wide_type, workspace
+from fastnorm.ops.batch_norm.triton_launch import options, sizes, wide_type, workspace
 
 BLOCK_BYTES = 8192  # of one operand: with four warps, four 16-byte loads per thread
 
@@ -59,7 +59,7 @@ def swish_forward(x: Tensor, beta: Tensor, y: Tensor) -> None:
         return
     p = plan(_as_planes(x, beta), _as_planes(y, beta), operands=1)
     swish_forward_kernel[(p.groups * p.tiles,)](
-        y, x, beta, *sizes(p), p.tiles, WIDE=wide_type(x), **p.constants, **OPTIONS
+        y, x, beta, *sizes(p), p.tiles, WIDE=wide_type(x), **p.constants, **options(p)
     )
 
 
@@ -77,5 +77,5 @@ def swish_backward(
         launch.counters(x, p.groups) if dbeta is not None else None,
         *sizes(p), p.tiles,
         NEED_DX=dx is not None, NEED_DBETA=dbeta is not None, WIDE=wide_type(x),
-        **p.constants, **OPTIONS,
+        **p.constants, **options(p),
     )  # fmt: skip

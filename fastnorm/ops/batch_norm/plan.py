@@ -45,13 +45,13 @@ def plan(x: Tensor, y: Tensor, operands: int) -> Plan:
     assert view is not None
     out = layout.planes(y)
     assert out is not None
-    tile_bytes = TILE_BYTES // operands
     strides = (*view.stride(), out.stride(1))
     return _plan(
         tuple(view.shape),
         strides,
         x.element_size(),
-        tile_bytes,
+        TILE_BYTES,
+        operands,
         OWNER_TILES,
         processors(x.device),
     )
@@ -63,6 +63,7 @@ def _plan(
     strides: tuple[int, ...],
     itemsize: int,
     tile_bytes: int,
+    operands: int,
     owner_tiles: int,
     sms: int,
 ) -> Plan:
@@ -73,7 +74,7 @@ def _plan(
     x_last = C > 1 and sc == 1 and ss != 1
     y_last = C > 1 and out_sc == 1
     if x_last and y_last and (N == 1 or sn == S * ss or S == 1):  # one row-major [N * S, C] matrix
-        ss = sn if S == 1 else ss
+        ss = C if N * S == 1 else sn if S == 1 else ss
         N, S, sn = 1, N * S, 0
     lanes = 16 // itemsize
     vec = math.gcd(S, lanes) if not (x_last and y_last) else 1
@@ -84,13 +85,12 @@ def _plan(
         block_c = _power_of_two(LINE_BYTES // itemsize)
     else:
         block_c = _power_of_two(max(1, GROUP_BYTES // (S * itemsize)))
-    if (
-        x_last != y_last
-    ):  # transposed through shared memory, which takes registers: a full tile spills
-        tile_bytes //= 2
+    share = tile_bytes // operands
+    if x_last != y_last:  # transposed through shared memory: a full tile spills
+        share = min(share, tile_bytes // 2)
     if not (x_last or y_last):  # short vectors need an offset each: a full tile of them spills
-        tile_bytes = max(tile_bytes * vec // lanes, tile_bytes // 4)
-    elements = max(_power_of_two(tile_bytes // itemsize + 1) // 2, 2 * vec)
+        share = max(share * vec // lanes, share // 4)
+    elements = max(_power_of_two(share // itemsize + 1) // 2, 2 * vec)
     block_c = min(block_c, _power_of_two(C), 64, elements // vec)
     block_v = max(elements // block_c // vec, 1)
     groups = -(-C // block_c)

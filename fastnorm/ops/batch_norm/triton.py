@@ -19,7 +19,7 @@ from fastnorm.ops.batch_norm.triton_forward import (
     forward_running_kernel,
     forward_ticket_kernel,
 )
-from fastnorm.ops.batch_norm.triton_launch import OPTIONS, sizes, wide_type, workspace
+from fastnorm.ops.batch_norm.triton_launch import options, sizes, wide_type, workspace
 
 
 def _compact(*parameters: Tensor | None) -> list[Tensor | None]:
@@ -44,7 +44,7 @@ def _forward(
         HAS_BIAS=bias is not None,
         CENTER_ONLY=center_only,
         WIDE=wide_type(x),
-        **OPTIONS,
+        **options(p),
     )
     if not batch_stats:
         forward_running_kernel[(p.groups * p.tiles,)](
@@ -117,7 +117,7 @@ def _backward(
         NEED_DWEIGHT=dweight is not None,
         NEED_DBIAS=dbias is not None,
         WIDE=wide_type(x),
-        **OPTIONS,
+        **options(p),
     )
     tensors = (dx, dweight, dbias, dresidual, dy, x, residual, weight, bias, mean, rstd)
     if batch_stats and dx is not None:

@@ -26,4 +26,9 @@ def workspace(x: Tensor, p: Plan) -> Tensor:
     )
 
 
-OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": True}
+def options(p: Plan) -> dict[str, Any]:
+    """Launch options. Left alone, ptxas spills in a few transposing or scalar kernels in order to fit
+    more programs on a multiprocessor; a bound of its own makes it use the registers it needs."""
+    scalar = p.constants["VEC"] == 1 and not (p.constants["X_LAST"] or p.constants["Y_LAST"])
+    bounded = scalar or p.constants["X_LAST"] != p.constants["Y_LAST"]
+    return {"num_warps": 8, "enable_fp_fusion": True, **({"maxnreg": 160} if bounded else {})}

@@ -155,8 +155,8 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0, eps: float | None = N
     """A weight of direction v and length g.
 
     .. math:: w = g\\,\\frac{v}{\\lVert v \\rVert}, \\qquad
-        \\frac{\\partial L}{\\partial g} = \\frac{\\langle \\nabla_w, v \\rangle}{\\lVert v \\rVert},
-        \\qquad
+        \\frac{\\partial L}{\\partial g} =
+        \\frac{\\langle \\nabla_w, v \\rangle}{\\lVert v \\rVert}, \\qquad
         \\nabla_v = \\frac{g}{\\lVert v \\rVert} \\left(\\nabla_w - \\frac{\\partial L}{\\partial g}
         \\frac{v}{\\lVert v \\rVert}\\right)
 
@@ -194,7 +194,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0, eps: float | None = N
             f"expected a positive eps, or None for no lower bound of the norm; got {eps}"
         )
     if v.numel() == 0:
-        # nothing to normalise: zero gradients, where a norm would give 0/0 (torch's kernel: a crash)
+        # nothing to normalise: zero gradients, where a norm would give 0/0 (and torch a crash)
         return v * g
     if dispatch.native("weight_norm", v):
         return _native(v, g, dim, eps)
