@@ -152,7 +152,8 @@ def forward_owner_kernel(
     BLOCK: tl.constexpr = BLOCK_V * VEC
     group = tl.program_id(0)
     count = (N.to(tl.int64) * S * VEC).to(WIDE)
-    mean = tl.zeros([BLOCK_C], WIDE)
+    pivot = tl.zeros([BLOCK_C], WIDE)
+    shift = tl.zeros([BLOCK_C], WIDE)
     m2 = tl.zeros([BLOCK_C], WIDE)
     seen = count * 0
     for tile in range(0, tiles):
@@ -165,13 +166,16 @@ def forward_owner_kernel(
         tile_mean, tile_m2 = tile_statistics(x, mask, size)
         # Chan's merge
         share = size / (seen + size)
+        # the mean as its distance from the first tile's: a large mean would round at every merge
+        pivot = tl.where(seen == 0, tl.where(tile_mean - tile_mean == 0, tile_mean, 0.0), pivot)
+        value = tile_mean - pivot
         # from an infinite mean there is no difference: it must stay infinite, not become NaN
-        delta = tl.where(mean - mean == 0, tile_mean - mean, tile_mean)
-        merged = tl.where(seen == 0, tile_mean, mean + delta * share)
-        # an infinite mean must stay infinite: delta would make it NaN
-        mean = tl.where(mean - mean == 0, merged, mean + tile_mean)
+        delta = tl.where(shift - shift == 0, value - shift, value)
+        merged = tl.where(seen == 0, value, shift + delta * share)
+        shift = tl.where(shift - shift == 0, merged, shift + value)
         m2 += tl.where(seen == 0, tile_m2, tile_m2 + delta * delta * (seen * share))
         seen += size
+    mean = pivot + shift
     var = m2 / count
     rstd = tl.full([BLOCK_C], 1.0, WIDE)
     if not CENTER_ONLY:

@@ -267,20 +267,18 @@ def _parts(
 
 def _backward_short(
     x: Tensor, dy: Tensor, operands: tuple[Any, ...], dims: int,
-    dx: Tensor | None, wants_weight: bool, wants_bias: bool, M: int, N: int, constants: dict[str,
-    Any],
+    dx: Tensor | None, wants_weight: bool, wants_bias: bool, M: int, N: int,
+    constants: dict[str, Any],
 ) -> Tensor | None:  # fmt: skip
     views = _views(dims, BACKWARD_TRANSPOSED_COLS, x, dy)
     B, S, _ = views[0].shape
     row_align, col_align = _align(views)
     transposed = any(_transposed(view) for view in views)
-    thread = (
-        16
-        if transposed
-        else 4
-        if col_align * x.element_size() < 16 or x.dtype == torch.float64
-        else 8
-    )
+    thread = 16 if transposed else 8  # elements of a row that a thread holds
+    if not transposed and col_align * x.element_size() < 16:  # an offset each
+        thread //= 2
+    if not transposed and x.dtype == torch.float64:  # two registers each
+        thread //= 2
     tile = _tile(N, thread, transposed, 8 if transposed else 16)
     if tile["num_warps"] == 16:  # see _backward_long
         tile["maxnreg"] = 128
@@ -300,8 +298,8 @@ def _backward_short(
 
 def _backward_long(
     x: Tensor, dy: Tensor, operands: tuple[Any, ...], dims: int,
-    dx: Tensor | None, wants_weight: bool, wants_bias: bool, M: int, N: int, constants: dict[str,
-    Any],
+    dx: Tensor | None, wants_weight: bool, wants_bias: bool, M: int, N: int,
+    constants: dict[str, Any],
 ) -> Tensor | None:  # fmt: skip
     views = _flat(dims, x, dy)
     _, align = _align(views)
