@@ -16,7 +16,8 @@ class GELU(torch.nn.GELU):
     Formulas, dtypes and errors: :func:`fastnorm.functional.gelu`.
 
     Args:
-        approximate: "none" | "tanh" | "sigmoid". Another value is a RuntimeError at the first call, as torch's.
+        approximate: "none" | "tanh" | "sigmoid". Another value is a RuntimeError at the first call,
+            as torch's.
 
     Example:
         >>> import torch, fastnorm
@@ -73,7 +74,8 @@ class Swish(torch.nn.Module):
     Raises:
         ValueError: ``num_parameters`` below 1; at a call, an input of another number of channels.
 
-    Source: Ramachandran et al., Searching for Activation Functions, 2017, https://arxiv.org/abs/1710.05941
+    Source: Ramachandran et al., Searching for Activation Functions, 2017,
+    https://arxiv.org/abs/1710.05941
 
     Example:
         >>> import torch, fastnorm
@@ -93,7 +95,9 @@ class Swish(torch.nn.Module):
     ) -> None:
         super().__init__()
         if num_parameters < 1:
-            raise ValueError(f"num_parameters must be 1 or the number of channels, got {num_parameters}")
+            raise ValueError(
+                f"num_parameters must be 1 or the number of channels, got {num_parameters}"
+            )
         self.num_parameters = num_parameters
         self.init = beta
         value = torch.empty(num_parameters, device=device, dtype=dtype)

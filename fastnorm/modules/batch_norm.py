@@ -55,11 +55,13 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
-    """torch.nn.BatchNorm1d on fused kernels: same constructor, numbers, buffers, errors and state_dict.
+    """torch.nn.BatchNorm1d on fused kernels: same constructor, numbers, buffers, errors and
+    state_dict.
 
     .. math:: y = (x - \\mathrm{E}[x]) / \\sqrt{\\mathrm{Var}[x] + \\epsilon} \\cdot w + b
 
-    Input ``[N, C]`` or ``[N, C, L]``; see :func:`fastnorm.functional.batch_norm` for dtypes and errors.
+    Input ``[N, C]`` or ``[N, C, L]``; see :func:`fastnorm.functional.batch_norm` for dtypes and
+    errors.
 
     Source: Ioffe & Szegedy, 2015, https://arxiv.org/abs/1502.03167
 
@@ -71,11 +73,13 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
-    """torch.nn.BatchNorm2d on fused kernels: same constructor, numbers, buffers, errors and state_dict.
+    """torch.nn.BatchNorm2d on fused kernels: same constructor, numbers, buffers, errors and
+    state_dict.
 
     .. math:: y = (x - \\mathrm{E}[x]) / \\sqrt{\\mathrm{Var}[x] + \\epsilon} \\cdot w + b
 
-    Input ``[N, C, H, W]``, contiguous or channels_last; see :func:`fastnorm.functional.batch_norm` for dtypes and errors.
+    Input ``[N, C, H, W]``, contiguous or channels_last; see :func:`fastnorm.functional.batch_norm`
+    for dtypes and errors.
 
     Source: Ioffe & Szegedy, 2015, https://arxiv.org/abs/1502.03167
 
@@ -87,12 +91,13 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
 
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
-    """torch.nn.BatchNorm3d on fused kernels: same constructor, numbers, buffers, errors and state_dict.
+    """torch.nn.BatchNorm3d on fused kernels: same constructor, numbers, buffers, errors and
+    state_dict.
 
     .. math:: y = (x - \\mathrm{E}[x]) / \\sqrt{\\mathrm{Var}[x] + \\epsilon} \\cdot w + b
 
-    Input ``[N, C, D, H, W]``, contiguous or channels_last_3d; see :func:`fastnorm.functional.batch_norm` for dtypes and
-    errors.
+    Input ``[N, C, D, H, W]``, contiguous or channels_last_3d; see
+    :func:`fastnorm.functional.batch_norm` for dtypes and errors.
 
     Source: Ioffe & Szegedy, 2015, https://arxiv.org/abs/1502.03167
 
@@ -178,8 +183,14 @@ class _MeanOnlyBatchNorm(torch.nn.Module):
         self.num_features = num_features
         self.momentum = momentum
         self.track_running_stats = track_running_stats
-        self.bias = torch.nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if bias else None
-        mean = torch.zeros(num_features, device=device, dtype=dtype) if track_running_stats else None
+        self.bias = (
+            torch.nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+            if bias
+            else None
+        )
+        mean = (
+            torch.zeros(num_features, device=device, dtype=dtype) if track_running_stats else None
+        )
         count = torch.tensor(0, dtype=torch.long, device=device) if track_running_stats else None
         self.running_mean: Tensor | None
         self.num_batches_tracked: Tensor | None
@@ -214,7 +225,8 @@ class _MeanOnlyBatchNorm(torch.nn.Module):
 
 
 class MeanOnlyBatchNorm1d(_MeanOnlyBatchNorm):
-    """Mean-only batch norm over ``[N, C]`` or ``[N, C, L]``: centres each channel and leaves its scale.
+    """Mean-only batch norm over ``[N, C]`` or ``[N, C, L]``: centres each channel and leaves its
+    scale.
 
     .. math:: y = x - \\mathrm{E}[x] + b
 
@@ -222,7 +234,8 @@ class MeanOnlyBatchNorm1d(_MeanOnlyBatchNorm):
         num_features: C.
         momentum: share of a batch in the running mean; None for the cumulative average.
         bias: learn b, ``[C]``, zero at first.
-        track_running_stats: keep the running mean that evaluation centres with; without it, the batch's is used.
+        track_running_stats: keep the running mean that evaluation centres with; without it, the
+            batch's is used.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
 

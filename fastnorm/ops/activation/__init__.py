@@ -1,4 +1,5 @@
-"""Activations on their own: GELU, SiLU, SELU, Swish with a learnable beta, and every other that a norm can fuse."""
+"""Activations on their own: GELU, SiLU, SELU, Swish with a learnable beta, and every other that a
+norm can fuse."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _GELU = {"none": "gelu", "tanh": "gelu_tanh", "sigmoid": "gelu_sigmoid"}
 
 
 def check_name(name: str | None) -> str:
-    """The activation's name, "identity" for None; ValueError, with the choices, for a name that is none of them."""
+    """The activation's name, "identity" for None; ValueError, with the choices, for a name that is
+    none of them."""
     if name is None:
         return "identity"
     if name not in reference.ACTIVATIONS:
@@ -26,7 +28,9 @@ def check_name(name: str | None) -> str:
 
 def _check_dtype(x: Tensor, function: str) -> None:
     if not x.is_floating_point():
-        raise NotImplementedError(f'"{function}" not implemented for {x.dtype}: give a floating-point tensor')
+        raise NotImplementedError(
+            f'"{function}" not implemented for {x.dtype}: give a floating-point tensor'
+        )
 
 
 # the outputs, and what an op of this family looks like to torch
@@ -54,10 +58,24 @@ def _swish_forward_outputs(x: Tensor, beta: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-_forward = register("activation", "activation_forward", "(Tensor x, str name) -> Tensor", _forward_outputs)
-_backward = register("activation", "activation_backward", "(Tensor x, Tensor dy, str name) -> Tensor", _backward_outputs)
-_forward_ = register("activation", "activation_forward_", "(Tensor x, Tensor(a!) y, str name) -> ()", _inplace_outputs)
-_swish_forward = register("activation", "swish_forward", "(Tensor x, Tensor beta) -> Tensor", _swish_forward_outputs)
+_forward = register(
+    "activation", "activation_forward", "(Tensor x, str name) -> Tensor", _forward_outputs
+)
+_backward = register(
+    "activation",
+    "activation_backward",
+    "(Tensor x, Tensor dy, str name) -> Tensor",
+    _backward_outputs,
+)
+_forward_ = register(
+    "activation",
+    "activation_forward_",
+    "(Tensor x, Tensor(a!) y, str name) -> ()",
+    _inplace_outputs,
+)
+_swish_forward = register(
+    "activation", "swish_forward", "(Tensor x, Tensor beta) -> Tensor", _swish_forward_outputs
+)
 _swish_backward = register(
     "activation",
     "swish_backward",
@@ -70,8 +88,8 @@ def _gradient(x: Tensor, dy: Tensor, name: str) -> Tensor | None:
     if torch.is_grad_enabled():
         (dx,) = differentiable_backward(reference.ACTIVATIONS[name].value, (x,), dy)
         return dx
-    dx = _backward(x, layout.match(dy, x), name)
-    return dx
+    found: Tensor = _backward(x, layout.match(dy, x), name)
+    return found
 
 
 class ActivationFunction(torch.autograd.Function):
@@ -86,7 +104,8 @@ class ActivationFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(*ctx.saved_tensors, dy, ctx.name), None
+        (x,) = ctx.saved_tensors
+        return _gradient(x, dy, ctx.name), None
 
 
 class InplaceActivationFunction(torch.autograd.Function):
@@ -103,7 +122,8 @@ class InplaceActivationFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         # not through the other Function's backward: Dynamo cannot trace one from within another
-        return _gradient(*ctx.saved_tensors, dy, ctx.name), None, None
+        (x,) = ctx.saved_tensors
+        return _gradient(x, dy, ctx.name), None, None
 
 
 class SwishFunction(torch.autograd.Function):
@@ -129,11 +149,13 @@ def activation(input: Tensor, name: str | None, inplace: bool = False) -> Tensor
 
     .. math:: y = f(x)
 
-    Names: identity, relu, relu6, leaky_relu (0.01), elu (1), selu, gelu, gelu_tanh, gelu_sigmoid, silu, hardswish,
-    mish, tanh, sigmoid; parameters are torch's defaults. Half types compute in fp32.
+    Names: identity, relu, relu6, leaky_relu (0.01), elu (1), selu, gelu, gelu_tanh, gelu_sigmoid,
+    silu, hardswish, mish, tanh, sigmoid; parameters are torch's defaults. Half types compute in
+    fp32.
 
     Args:
-        input: any shape, floating point; a dense layout (channels_last too) is kept, others are compacted.
+        input: any shape, floating point; a dense layout (channels_last too) is kept, others are
+            compacted.
         name: one of the names above; None means identity.
         inplace: overwrite ``input``.
 
@@ -163,12 +185,15 @@ def _activation(input: Tensor, name: str, inplace: bool = False) -> Tensor:
         copied = torch.is_grad_enabled() and input.requires_grad
         return input.copy_(reference.ACTIVATIONS[name].value(input.clone() if copied else input))
     _check_dtype(input, name)
-    # copied outside the Function, where autograd sees it: what a Function saves must be what it was given
+    # copied outside the Function, where autograd sees it: what a Function saves must be what it was
+    # given
     if not inplace:
         return ActivationFunction.apply(layout.dense(input), name)  # type: ignore[no-any-return,no-untyped-call]
     if torch.is_grad_enabled() and input.requires_grad:
         if input.is_leaf:
-            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+            raise RuntimeError(
+                "a leaf Variable that requires grad is being used in an in-place operation."
+            )
         return InplaceActivationFunction.apply(input.clone(), input, name)  # type: ignore[no-any-return,no-untyped-call]
     with torch.no_grad():
         _forward_(input, input, name)
@@ -202,7 +227,9 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         tensor([0.0000, 0.8412])
     """
     if approximate not in _GELU:
-        raise RuntimeError(f"approximate argument must be one of {', '.join(_GELU)}, got {approximate!r}")
+        raise RuntimeError(
+            f"approximate argument must be one of {', '.join(_GELU)}, got {approximate!r}"
+        )
     return _activation(input, _GELU[approximate])
 
 
@@ -236,7 +263,8 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """Scaled exponential linear unit.
 
-    .. math:: y = \\lambda (\\max(0, x) + \\min(0, \\alpha (e^x - 1))), \\quad \\lambda = 1.0507, \\alpha = 1.6733
+    .. math:: y = \\lambda (\\max(0, x) + \\min(0, \\alpha (e^x - 1))),
+        \\quad \\lambda = 1.0507, \\alpha = 1.6733
 
     The gradient at 0 is that of the negative branch (1.7581), as torch's.
 
@@ -250,7 +278,8 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
     Raises:
         NotImplementedError: ``input`` is not floating point.
 
-    Source: Klambauer et al., Self-Normalizing Neural Networks, 2017, https://arxiv.org/abs/1706.02515
+    Source: Klambauer et al., Self-Normalizing Neural Networks, 2017,
+    https://arxiv.org/abs/1706.02515
 
     Example:
         >>> import torch, fastnorm
@@ -271,18 +300,20 @@ def swish(input: Tensor, beta: Tensor | float = 1.0) -> Tensor:
 
     Args:
         input: any shape, floating point; a dense layout is kept.
-        beta: a number, a tensor with one element, or one per channel, ``[C]`` with C = ``input.size(1)``.
+        beta: a number, a tensor with one element, or one per channel, ``[C]`` with C =
+            ``input.size(1)``.
 
     Returns:
-        Same shape and dtype as ``input``. The gradient of ``beta`` is summed in fp32 in the pass that computes the
-        input's.
+        Same shape and dtype as ``input``. The gradient of ``beta`` is summed in fp32 in the pass
+        that computes the input's.
 
     Raises:
         ValueError: ``beta`` has neither one element nor one per channel.
         NotImplementedError: ``input`` is not floating point.
         RuntimeError: ``input`` and ``beta`` are on different devices.
 
-    Source: Ramachandran et al., Searching for Activation Functions, 2017, https://arxiv.org/abs/1710.05941
+    Source: Ramachandran et al., Searching for Activation Functions, 2017,
+    https://arxiv.org/abs/1710.05941
 
     Example:
         >>> import torch, fastnorm
@@ -295,11 +326,13 @@ def swish(input: Tensor, beta: Tensor | float = 1.0) -> Tensor:
     channels = input.size(1) if input.dim() > 1 else 1
     if beta.numel() != 1 and tuple(beta.shape) != (channels,):
         raise ValueError(
-            f"expected beta of one element or of shape [{channels}], one per channel of an input of shape "
-            f"{list(input.shape)}; got {list(beta.shape)}"
+            f"expected beta of one element or of shape [{channels}], one per channel of an input "
+            f"of shape {list(input.shape)}; got {list(beta.shape)}"
         )
     if beta.device != input.device:
-        raise RuntimeError(f"input is on {input.device}, beta on {beta.device}: expected both on the same device")
+        raise RuntimeError(
+            f"input is on {input.device}, beta on {beta.device}: expected both on the same device"
+        )
     if dispatch.native("activation", input):
         return reference.swish(input, beta)
     x = layout.dense(input)

@@ -1,4 +1,5 @@
-"""Activations on ATen's own kernels: the oracle everywhere, the implementation where there is no GPU."""
+"""Activations on ATen's own kernels: the oracle everywhere, the implementation where there is no
+GPU."""
 
 from __future__ import annotations
 
@@ -34,17 +35,23 @@ def _gelu_sigmoid_gradient(dy: Tensor, z: Tensor) -> Tensor:
     return dz
 
 
-# the one list of activations of this language; triton.py and csrc/activation.cuh have theirs, under the same names
+# the one list of activations of this language; triton.py and csrc/activation.cuh have theirs, under
+# the same names
 ACTIVATIONS = {
     "identity": Activation(lambda z: z.clone(), lambda dy, z: dy.clone()),
     "relu": Activation(F.relu, lambda dy, z: aten.threshold_backward(dy, z, 0)),
     "relu6": Activation(F.relu6, lambda dy, z: aten.hardtanh_backward(dy, z, 0, 6)),
-    "leaky_relu": Activation(F.leaky_relu, lambda dy, z: aten.leaky_relu_backward(dy, z, 0.01, False)),
+    "leaky_relu": Activation(
+        F.leaky_relu, lambda dy, z: aten.leaky_relu_backward(dy, z, 0.01, False)
+    ),
     "elu": Activation(F.elu, lambda dy, z: aten.elu_backward(dy, 1, 1, 1, False, z)),
-    "selu": Activation(F.selu, lambda dy, z: aten.elu_backward(dy, SELU_ALPHA, SELU_SCALE, 1, False, z)),
+    "selu": Activation(
+        F.selu, lambda dy, z: aten.elu_backward(dy, SELU_ALPHA, SELU_SCALE, 1, False, z)
+    ),
     "gelu": Activation(F.gelu, lambda dy, z: aten.gelu_backward(dy, z)),
     "gelu_tanh": Activation(
-        lambda z: F.gelu(z, approximate="tanh"), lambda dy, z: aten.gelu_backward(dy, z, approximate="tanh")
+        lambda z: F.gelu(z, approximate="tanh"),
+        lambda dy, z: aten.gelu_backward(dy, z, approximate="tanh"),
     ),
     "gelu_sigmoid": Activation(gelu_sigmoid, _gelu_sigmoid_gradient),
     "silu": Activation(F.silu, lambda dy, z: aten.silu_backward(dy, z)),
@@ -78,7 +85,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def channelwise(beta: Tensor, x: Tensor) -> Tensor:
-    """beta in the type of computation, one element or one per channel, shaped to broadcast over x."""
+    """beta in the type of computation, shaped to broadcast over x."""
     beta = beta.to(wide(x).dtype)
     return beta.reshape(()) if beta.numel() == 1 else beta.view(-1, *[1] * (x.dim() - 2))
 
@@ -92,9 +99,15 @@ def swish_forward(x: Tensor, beta: Tensor) -> Tensor:
     return swish(x, beta)
 
 
-def swish_backward(x: Tensor, dy: Tensor, beta: Tensor, needs: list[bool]) -> tuple[Tensor | None, Tensor | None]:
+def swish_backward(
+    x: Tensor, dy: Tensor, beta: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
     z, g, b = wide(x), wide(dy), channelwise(beta, x)
     s = torch.sigmoid(b * z)
     dx = (g * s * (1 + b * z * (1 - s))).to(x.dtype) if needs[0] else None
-    dbeta = (g * z * z * s * (1 - s)).sum_to_size(b.shape).reshape(beta.shape).to(beta.dtype) if needs[1] else None
+    dbeta = (
+        (g * z * z * s * (1 - s)).sum_to_size(b.shape).reshape(beta.shape).to(beta.dtype)
+        if needs[1]
+        else None
+    )
     return dx, dbeta

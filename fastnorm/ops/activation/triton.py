@@ -59,7 +59,7 @@ def swish_forward(x: Tensor, beta: Tensor, y: Tensor) -> None:
         return
     p = plan(_as_planes(x, beta), _as_planes(y, beta), operands=1)
     swish_forward_kernel[(p.groups * p.tiles,)](
-        y, x, beta, *sizes(p), p.tiles, WIDE=wide_type(x), **p.constants, **options(p)
+        y, x, beta, *sizes(p), p.tiles, WIDE=wide_type(x), **p.constants, **options(x, p)
     )
 
 
@@ -77,5 +77,5 @@ def swish_backward(
         launch.counters(x, p.groups) if dbeta is not None else None,
         *sizes(p), p.tiles,
         NEED_DX=dx is not None, NEED_DBETA=dbeta is not None, WIDE=wide_type(x),
-        **p.constants, **options(p),
+        **p.constants, **options(x, p),
     )  # fmt: skip

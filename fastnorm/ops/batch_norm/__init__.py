@@ -1,4 +1,4 @@
-"""Batch norm and mean-only batch norm, with an optional residual and activation in the same pass."""
+"""Batch norm and mean-only batch norm, residual and activation in the same pass."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def _mean_only_forward_outputs(x: Tensor, *_: Any) -> Tensor:
     return layout.planes_like(x)
 
 
-def _mean_only_backward_outputs(dy: Tensor, bias: Tensor | None, batch_stats: bool, needs: list[bool]) -> Gradients:
+def _mean_only_backward_outputs(
+    dy: Tensor, bias: Tensor | None, batch_stats: bool, needs: list[bool]
+) -> Gradients:
     return (
         layout.planes_like(dy) if needs[0] else None,
         torch.empty_like(bias) if bias is not None and needs[1] else None,
@@ -61,7 +63,8 @@ def _wide(x: Tensor) -> torch.dtype:
 _forward = register(
     "batch_norm",
     "batch_norm_forward",
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? num_batches_tracked, bool batch_stats, float? momentum, float eps, str activation)"
     " -> (Tensor, Tensor, Tensor)",
     _forward_outputs,
@@ -69,14 +72,16 @@ _forward = register(
 _backward = register(
     "batch_norm",
     "batch_norm_backward",
-    "(Tensor x, Tensor dy, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    "(Tensor x, Tensor dy, Tensor? residual, Tensor? weight, Tensor? bias, "
+    "Tensor mean, Tensor rstd, "
     "bool batch_stats, str activation, bool[4] needs) -> (Tensor?, Tensor?, Tensor?, Tensor?)",
     _backward_outputs,
 )
 _mean_only_forward = register(
     "batch_norm",
     "mean_only_batch_norm_forward",
-    "(Tensor x, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? num_batches_tracked, bool batch_stats, "
+    "(Tensor x, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? num_batches_tracked, "
+    "bool batch_stats, "
     "float? momentum) -> Tensor",
     _mean_only_forward_outputs,
 )
@@ -89,7 +94,8 @@ _mean_only_backward = register(
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """Saves x, the parameters, mean and rstd; the residual only where an activation's slope needs it."""
+    """Saves x, the parameters, mean and rstd; the residual only where an activation's slope needs
+    it."""
 
     @staticmethod
     def forward(
@@ -146,7 +152,16 @@ class BatchNormFunction(torch.autograd.Function):
             if any(needs):
                 dy_in_place = layout.match(dy, layout.planes_like(x))
                 dx, dweight, dbias, dresidual = _backward(
-                    x, dy_in_place, residual, weight, bias, mean, rstd, batch_stats, activation, needs
+                    x,
+                    dy_in_place,
+                    residual,
+                    weight,
+                    bias,
+                    mean,
+                    rstd,
+                    batch_stats,
+                    activation,
+                    needs,
                 )
                 found = [dx, dresidual, dweight, dbias]
         if plain and ctx.needs_input_grad[1]:
@@ -155,7 +170,8 @@ class BatchNormFunction(torch.autograd.Function):
 
 
 class MeanOnlyBatchNormFunction(torch.autograd.Function):
-    """dx = dy - mean(dy): nothing is saved but the bias, for its dtype, and x where a second backward may come."""
+    """dx = dy - mean(dy): nothing is saved but the bias, for its dtype, and x where a second
+    backward may come."""
 
     @staticmethod
     def forward(
@@ -169,7 +185,9 @@ class MeanOnlyBatchNormFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(bias)
         ctx.batch_stats = batch_stats
-        y: Tensor = _mean_only_forward(x, bias, running_mean, num_batches_tracked, batch_stats, momentum)
+        y: Tensor = _mean_only_forward(
+            x, bias, running_mean, num_batches_tracked, batch_stats, momentum
+        )
         return y
 
     @staticmethod
@@ -183,7 +201,9 @@ class MeanOnlyBatchNormFunction(torch.autograd.Function):
         else:
             through = needs[0] and not ctx.batch_stats  # dx is dy itself
             dy_in_place = layout.match(dy, layout.planes_like(dy))
-            dx, dbias = _mean_only_backward(dy_in_place, bias, ctx.batch_stats, [needs[0] and not through, needs[1]])
+            dx, dbias = _mean_only_backward(
+                dy_in_place, bias, ctx.batch_stats, [needs[0] and not through, needs[1]]
+            )
             dx = dy if through else dx
         return (dx if needs[0] else None), dbias, None, None, None, None
 
@@ -193,30 +213,34 @@ def _served(
     batch_stats: bool,
     parameters: tuple[Tensor | None, ...],
 ) -> bool:
-    """Whether our ops take this call. What they do not take goes to torch: its result for an empty batch, its error."""
+    """Whether our ops take this call. What they do not take goes to torch: its result for an empty
+    batch, its error."""
     if not (x.dim() >= 2 and x.is_floating_point() and x.numel() > 0):
         return False
     if batch_stats and x.numel() == x.size(1):
         return False
     shape = (x.size(1),)
     return all(
-        p is None or (p.shape == shape and p.device == x.device and p.is_floating_point()) for p in parameters
+        p is None or (p.shape == shape and p.device == x.device and p.is_floating_point())
+        for p in parameters
     )
 
 
 def check_residual(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether the residual can be added inside the kernel; torch's own error where it cannot be added at all."""
+    """Whether the residual can be added inside the kernel; torch's own error where it cannot be
+    added at all."""
     if residual is None:
         return True
     if residual.shape != x.shape:  # broadcast, or torch's error before anything is changed
         try:
             torch.broadcast_shapes(x.shape, residual.shape)
         except RuntimeError:
-            x + residual  # noqa: B018  (raises, in torch's words)
+            x + residual
             raise
     if residual.device != x.device and residual.dim() > 0:
         raise RuntimeError(
-            f"expected all tensors to be on the same device: input is on {x.device}, residual on {residual.device}"
+            "expected all tensors to be on the same device: "
+            f"input is on {x.device}, residual on {residual.device}"
         )
     return residual.shape == x.shape and residual.dtype == x.dtype
 
@@ -238,27 +262,31 @@ def batch_norm(
     """Batch normalisation, then an optional residual and activation, in one pass.
 
     .. math::
-        y = f\\left(\\frac{x - \\mathrm{E}[x]}{\\sqrt{\\mathrm{Var}[x] + \\epsilon}} \\cdot w + b + r\\right)
+        y = f\\left(\\frac{x - \\mathrm{E}[x]}{\\sqrt{\\mathrm{Var}[x] + \\epsilon}}
+        \\cdot w + b + r\\right)
 
-    with E and Var per channel: of the batch when ``training`` (biased variance; the running ones move by ``momentum``
-    towards mean and unbiased variance), else the running ones.
+    with E and Var per channel: of the batch when ``training`` (biased variance; the running ones
+    move by ``momentum`` towards mean and unbiased variance), else the running ones.
 
     Args:
-        input: ``[N, C]``, ``[N, C, L]``, ``[N, C, H, W]`` or ``[N, C, D, H, W]``, floating point, any strides.
+        input: ``[N, C]``, ``[N, C, L]``, ``[N, C, H, W]`` or ``[N, C, D, H, W]``, floating point,
+            any strides.
         running_mean: ``[C]`` or None; updated in place when ``training``.
         running_var: ``[C]`` or None, like ``running_mean``.
         weight: w, ``[C]``; None means 1. Any floating dtype.
         bias: b, ``[C]``; None means 0. Any floating dtype.
         training: normalise with the statistics of the batch.
-        momentum: share of the batch in the running statistics; None for the cumulative average, 1 / batches so far.
+        momentum: share of the batch in the running statistics; None for the cumulative average, 1 /
+            batches so far.
         eps: added to the variance; positive in training.
         num_batches_tracked: int64, 0-d; incremented when ``training``.
         activation: f by name, see :func:`activation`; None for none.
-        residual: r, added before the activation. Of input's shape and dtype it costs one read; any other that torch
-            can add (broadcast, promoted) is added on its own.
+        residual: r, added before the activation. Of input's shape and dtype it costs one read; any
+            other that torch can add (broadcast, promoted) is added on its own.
 
     Returns:
-        Input's shape and dtype; channels_last if ``input`` is, else contiguous. Statistics are fp32 (fp64 for fp64).
+        Input's shape and dtype; channels_last if ``input`` is, else contiguous. Statistics are fp32
+        (fp64 for fp64).
 
     Raises:
         ValueError: one value per channel in training, eps not positive, an unknown activation.
@@ -276,7 +304,8 @@ def batch_norm(
     """
     name = check_name(activation)
     inside = residual is None or check_residual(input, residual)
-    # torch cannot compile momentum=None without a graph break, nor take parameters and statistics of two dtypes
+    # torch cannot compile momentum=None without a graph break, nor take parameters and statistics
+    # of two dtypes
     torch_can = (momentum is not None or not torch.compiler.is_compiling()) and (
         weight is None or running_mean is None or weight.dtype == running_mean.dtype
     )
@@ -295,13 +324,24 @@ def batch_norm(
             if momentum is None:
                 share = 1.0 / float(num_batches_tracked)
         return reference.native(
-            input, running_mean, running_var, weight, bias, training, share or 0.0, eps, residual, name
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            share or 0.0,
+            eps,
+            residual,
+            name,
         )
     if not training:
         num_batches_tracked = None
     y: Tensor = BatchNormFunction.apply(  # type: ignore[no-untyped-call]
         layout.to_planes(input),
-        layout.match(residual, layout.planes_like(input)) if inside and residual is not None else None,
+        layout.match(residual, layout.planes_like(input))
+        if inside and residual is not None
+        else None,
         weight,
         bias,
         running_mean,
@@ -324,11 +364,13 @@ def mean_only_batch_norm(
     *,
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
-    """Mean-only batch normalisation: centre each channel, leave its scale (to weight norm, usually).
+    """Mean-only batch normalisation: centre each channel, leave its scale (to weight norm,
+    usually).
 
     .. math:: y = x - \\mathrm{E}[x] + b, \\qquad dx = dy - \\mathrm{E}[dy]
 
-    with E per channel: of the batch when ``training`` (the running mean moves towards it), else the running mean.
+    with E per channel: of the batch when ``training`` (the running mean moves towards it), else the
+    running mean.
 
     Args:
         input: ``[N, C, ...]``, floating point, any strides.
@@ -339,37 +381,55 @@ def mean_only_batch_norm(
         num_batches_tracked: int64, 0-d; incremented when ``training``.
 
     Returns:
-        Input's shape and dtype; channels_last if ``input`` is, else contiguous. Nothing is saved for backward.
+        Input's shape and dtype; channels_last if ``input`` is, else contiguous. Nothing is saved
+        for backward.
 
     Raises:
-        ValueError: one value per channel in training, fewer than two dimensions, or neither mean to centre with.
+        ValueError: one value per channel in training, fewer than two dimensions, or neither mean to
+            centre with.
         RuntimeError: a parameter of another size or device.
         NotImplementedError: ``input`` is not floating point.
 
-    Source: Salimans & Kingma, Weight Normalization, 2016, section 3, https://arxiv.org/abs/1602.07868
+    Source: Salimans & Kingma, Weight Normalization, 2016, section 3,
+    https://arxiv.org/abs/1602.07868
 
     Example:
         >>> import torch, fastnorm
-        >>> fastnorm.functional.mean_only_batch_norm(torch.tensor([[1.0], [3.0]]), None, training=True)
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> fastnorm.functional.mean_only_batch_norm(x, None, training=True)
         tensor([[-1.],
                 [ 1.]])
     """
     if input.dim() < 2:
         raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
-    if training and num_batches_tracked is not None and not _served(input, True, (bias, running_mean)):
-        num_batches_tracked.add_(1)  # as torch's layers do: the batch is counted before it is looked at
+    if (
+        training
+        and num_batches_tracked is not None
+        and not _served(input, True, (bias, running_mean))
+    ):
+        num_batches_tracked.add_(
+            1
+        )  # as torch's layers do: the batch is counted before it is looked at
         num_batches_tracked = None
     if not input.is_floating_point():
         raise NotImplementedError(f'"mean_only_batch_norm" not implemented for {input.dtype}')
     for what, value in (("running_mean", running_mean), ("bias", bias)):
         if value is not None and value.numel() != input.size(1):
-            raise RuntimeError(f"{what} should contain {input.size(1)} elements not {value.numel()}")
+            raise RuntimeError(
+                f"{what} should contain {input.size(1)} elements not {value.numel()}"
+            )
         if value is not None and value.device != input.device:
-            raise RuntimeError(f"{what} is on {value.device}, input on {input.device}: expected the same device")
+            raise RuntimeError(
+                f"{what} is on {value.device}, input on {input.device}: expected the same device"
+            )
     if training and input.numel() == input.size(1):
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {input.size()}"
+        )
     if not training and running_mean is None:
-        raise ValueError("expected running_mean in evaluation mode: there is no other mean to centre with")
+        raise ValueError(
+            "expected running_mean in evaluation mode: there is no other mean to centre with"
+        )
     if input.numel() == 0:
         return reference.mean_only_composite(input, bias, None if training else running_mean)
     if dispatch.transformed():
@@ -378,6 +438,11 @@ def mean_only_batch_norm(
                 reference.mean_only_statistics(input, running_mean, num_batches_tracked, momentum)
         return reference.mean_only_composite(input, bias, None if training else running_mean)
     y: Tensor = MeanOnlyBatchNormFunction.apply(  # type: ignore[no-untyped-call]
-        layout.to_planes(input), bias, running_mean, num_batches_tracked if training else None, training, momentum
+        layout.to_planes(input),
+        bias,
+        running_mean,
+        num_batches_tracked if training else None,
+        training,
+        momentum,
     )
     return y

@@ -1,4 +1,5 @@
-"""Batch norm on ATen's own kernels: the oracle everywhere, the implementation where there is no GPU."""
+"""Batch norm on ATen's own kernels: the oracle everywhere, the implementation where there is no
+GPU."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def composite(
     eps: float,
     activation: str,
 ) -> Tensor:
-    """The differentiable whole from plain torch lines; statistics of the batch where none are given."""
+    """The differentiable whole from plain torch lines; statistics of the batch where none are
+    given."""
     v = wide(x)
     if mean is None or rstd is None:
         dims = [0, *range(2, x.dim())]
@@ -72,8 +74,11 @@ def move(running: Tensor | None, value: Tensor, share: Tensor | float) -> None:
         running.data.copy_(old * (1 - share) + value.to(old.dtype) * share)
 
 
-def _normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """ATen's training forward, without its running statistics, whatever mixture of dtypes the parameters are."""
+def _normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ATen's training forward, without its running statistics, whatever mixture of dtypes the
+    parameters are."""
     types = {p.dtype for p in (weight, bias) if p is not None}
     # ATen rounds the statistics to the parameters' type, or the input's: they must stay wide
     if (types or {x.dtype}) == {wide(x).dtype}:
@@ -143,15 +148,22 @@ def batch_norm_backward(
         dweight = (dz * x_hat).sum(dims) if needs[1] else None
         dbias = dz.sum(dims) if needs[2] else None
     return (
-        layout.match(dx.to(x.dtype), layout.planes_like(x)) if dx is not None and needs[0] else None,
-        dweight.to(weight.dtype) if dweight is not None and weight is not None and needs[1] else None,
+        layout.match(dx.to(x.dtype), layout.planes_like(x))
+        if dx is not None and needs[0]
+        else None,
+        dweight.to(weight.dtype)
+        if dweight is not None and weight is not None and needs[1]
+        else None,
         dbias.to(bias.dtype) if dbias is not None and bias is not None and needs[2] else None,
         layout.match(dz.to(x.dtype, copy=True), layout.planes_like(x)) if needs[3] else None,
     )
 
 
 def mean_only_statistics(
-    x: Tensor, running_mean: Tensor | None, num_batches_tracked: Tensor | None, momentum: float | None
+    x: Tensor,
+    running_mean: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
 ) -> Tensor:
     """The batch's mean, towards which the running mean has moved."""
     mean = wide(x).mean([0, *range(2, x.dim())])

@@ -44,7 +44,7 @@ def _forward(
         HAS_BIAS=bias is not None,
         CENTER_ONLY=center_only,
         WIDE=wide_type(x),
-        **options(p),
+        **options(x, p),
     )
     if not batch_stats:
         forward_running_kernel[(p.groups * p.tiles,)](
@@ -117,7 +117,7 @@ def _backward(
         NEED_DWEIGHT=dweight is not None,
         NEED_DBIAS=dbias is not None,
         WIDE=wide_type(x),
-        **options(p),
+        **options(x, p),
     )
     tensors = (dx, dweight, dbias, dresidual, dy, x, residual, weight, bias, mean, rstd)
     if batch_stats and dx is not None:

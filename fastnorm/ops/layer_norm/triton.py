@@ -280,8 +280,7 @@ def _backward_short(
     if not transposed and x.dtype == torch.float64:  # two registers each
         thread //= 2
     tile = _tile(N, thread, transposed, 8 if transposed else 16)
-    if tile["num_warps"] == 16:  # see _backward_long
-        tile["maxnreg"] = 128
+    tile["maxnreg"] = 128 if tile["num_warps"] == 16 else 168  # see _backward_long
     tiles = triton.cdiv(S, tile["ROWS"])
     programs = min(_programs(M, N, launch.processors(x.device)), B * tiles)
     parts, dweight, dbias = _parts(operands[-1], programs, N, wants_weight, wants_bias)
