@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal import common_modules  # needs expecttest
 
 import fastnorm
-
-pytest.importorskip("expecttest")  # torch's testing package needs it
-common_modules = pytest.importorskip("torch.testing._internal.common_modules")
 
 OURS = {
     getattr(torch.nn, name): getattr(fastnorm, name)
