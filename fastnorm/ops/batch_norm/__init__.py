@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastnorm import dispatch, layout
 from fastnorm.ops.activation import check_name
+from fastnorm.ops.activation.reference import wide_dtype
 from fastnorm.ops.batch_norm import reference
 from fastnorm.ops.registry import differentiable_backward, register
 
@@ -19,7 +20,7 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def _forward_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    statistic = x.new_empty(x.size(1), dtype=_wide(x))
+    statistic = x.new_empty(x.size(1), dtype=wide_dtype(x))
     return layout.planes_like(x), statistic, torch.empty_like(statistic)
 
 
@@ -54,10 +55,6 @@ def _mean_only_backward_outputs(
         layout.planes_like(dy) if needs[0] else None,
         torch.empty_like(bias) if bias is not None and needs[1] else None,
     )
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 _forward = register(
