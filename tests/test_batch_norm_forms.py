@@ -173,3 +173,22 @@ def test_both_forms_keep_digits_at_a_large_mean(form):
     exact = F.batch_norm(x.double(), None, None, training=True)
     # half an ulp of fp32 at 1e4 is 4.9e-4, in the mean of a tile and in that of all; std is 3
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=2 * 4.9e-4 / 3)
+
+
+@pytest.mark.parametrize("layout", MANY_TILES)
+def test_int64_offsets_give_the_same_bits(form, layout, monkeypatch):
+    # what a tensor of 2^31 elements compiles, on one that the interpreter can afford
+    from fastnorm.ops.batch_norm import plan
+
+    x = MANY_TILES[layout]()
+    dy, residual = torch.randn(x.shape), torch.randn(x.shape)
+    short = whole(x, dy, residual, "silu")
+    made = plan._plan.__wrapped__
+
+    def long(*key):
+        found = made(*key)
+        return found._replace(constants={**found.constants, "LONG": True})
+
+    monkeypatch.setattr(plan, "_plan", long)
+    for a, b in zip(whole(x, dy, residual, "silu"), short, strict=True):
+        assert torch.equal(a, b)
