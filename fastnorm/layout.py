@@ -31,11 +31,16 @@ def _is_dense(x: Tensor) -> bool:
 def match(x: Tensor, like: Tensor) -> Tensor:
     """x itself where it has the strides of ``like``, else a copy that has (an expanded or
     transposed gradient, say)."""
-    if x.stride() == like.stride():
+    return restride(x, like.stride())
+
+
+def restride(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """x itself where it has these strides, which must be dense, else a copy that has."""
+    if x.stride() == strides:
         return x
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format)
-        .as_strided(x.size(), like.stride())
+        .as_strided(x.size(), strides)
         .copy_(x)
     )
 

@@ -149,3 +149,14 @@ def test_an_inplace_activation_compiles():
         (dx,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(y, F.silu(x))
     torch.testing.assert_close(dx, torch.autograd.grad(F.silu(x).sum(), x)[0])
+
+
+def test_mean_only_gradient_keeps_channels_last_under_an_expanded_gradient(backend):
+    x = torch.randn(2, 8, 3, 4).to(memory_format=torch.channels_last).requires_grad_()
+    mean_only_batch_norm(x, None, None, True).sum().backward()
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_identity_refuses_integers_as_every_activation_does(backend):
+    with pytest.raises(NotImplementedError, match="identity"):
+        fastnorm.functional.activation(torch.arange(3), "identity")

@@ -173,6 +173,7 @@ def activation(input: Tensor, name: str | None, inplace: bool = False) -> Tensor
     """
     name = check_name(name)
     if name == "identity":
+        _check_dtype(input, name)
         return input if inplace else input.clone()
     return _activation(input, name, inplace)
 

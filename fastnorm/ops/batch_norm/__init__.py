@@ -181,10 +181,10 @@ class MeanOnlyBatchNormFunction(torch.autograd.Function):
         momentum: float | None,
     ) -> Tensor:
         ctx.save_for_backward(bias)
-        ctx.batch_stats = batch_stats
         y: Tensor = _mean_only_forward(
             x, bias, running_mean, num_batches_tracked, batch_stats, momentum
         )
+        ctx.batch_stats, ctx.strides = batch_stats, y.stride()
         return y
 
     @staticmethod
@@ -197,7 +197,7 @@ class MeanOnlyBatchNormFunction(torch.autograd.Function):
             dbias = dy.sum(dims).to(bias.dtype) if needs[1] else None
         else:
             through = needs[0] and not ctx.batch_stats  # dx is dy itself
-            dy_in_place = layout.match(dy, layout.planes_like(dy))
+            dy_in_place = layout.restride(dy, ctx.strides)
             dx, dbias = _mean_only_backward(
                 dy_in_place, bias, ctx.batch_stats, [needs[0] and not through, needs[1]]
             )
