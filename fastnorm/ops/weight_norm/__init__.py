@@ -99,56 +99,53 @@ _backward = register(
 
 
 class WeightNormFunction(torch.autograd.Function):
-    """w = g * v / ||v||; saves v, g and the norm; ``own`` False: ATen's kernel."""
+    """w = g * v / ||v||; saves v, g and the norm."""
 
     @staticmethod
-    def forward(
-        ctx: Any, v: Tensor, g: Tensor, dim: int | None, eps: float | None, own: bool
-    ) -> Tensor:
-        if own:
-            w, norm = _forward(v, g, dim, eps)
-        else:
-            w, norm = torch._weight_norm_interface(v, g, dim)  # type: ignore[arg-type]
-        ctx.dim, ctx.eps, ctx.own = dim, eps, own
+    def forward(ctx: Any, v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> Tensor:
+        w, norm = _forward(v, g, dim, eps)
+        ctx.dim, ctx.eps = dim, eps
         ctx.save_for_backward(v, g, norm)
         return w  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         v, g, norm = ctx.saved_tensors
         if torch.is_grad_enabled():
             dv, dg = differentiable_backward(
                 lambda v, g: reference.composite(v, g, ctx.dim, ctx.eps), (v, g), dw
             )
-        elif ctx.own:
+        else:
             dv, dg = _backward(
                 v, g, norm, dw.contiguous(), ctx.dim, ctx.eps, list(ctx.needs_input_grad[:2])
             )
-        else:
-            dv, dg = torch.ops.aten._weight_norm_interface_backward(
-                dw.contiguous(), v, g, norm, ctx.dim
-            )
-        return dv, dg, None, None, None
+        return dv, dg, None, None
 
 
-def _apply(v: Tensor, g: Tensor, dim: int | None, eps: float | None, own: bool) -> Tensor:
-    # made contiguous here and not in the Function: double backward must find the way back to a
-    # strided v
-    w: Tensor = WeightNormFunction.apply(v.contiguous(), g.contiguous(), dim, eps, own)  # type: ignore[no-untyped-call]
-    return w
+def _mend_double_backward(w: Tensor, v: Tensor, g: Tensor, dim: int | None) -> None:
+    """Let the node that made w give gradients that are right to differentiate (create_graph)."""
+
+    def gradients(found: Any, received: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        return differentiable_backward(
+            lambda v, g: reference.composite(v, g, dim, None), (v, g), received[0]
+        )
+
+    assert w.grad_fn is not None
+    w.grad_fn.register_hook(gradients)
 
 
 def _native(v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> Tensor:
     # torch's kernel knows no eps and one dtype; torch.func and forward AD do not see through it
     if eps is not None or v.dtype != g.dtype or dispatch.transformed():
         return reference.composite(v, g, dim, eps)
-    # its double backward takes the norm for a constant where it is fused (first and last dim): ours
-    # replaces it
+    w = torch._weight_norm(v, g, -1 if dim is None else dim)
+    # its double backward takes the norm for a constant where it is fused (first and last dim)
     fused = (dim == 0 or dim == v.dim() - 1) and (v.is_cpu or v.is_cuda)
-    wanted = torch.is_grad_enabled() and (v.requires_grad or g.requires_grad)
-    if fused and wanted and not torch.compiler.is_compiling():
-        return _apply(v, g, dim, eps, own=False)
-    return torch._weight_norm(v, g, -1 if dim is None else dim)
+    if fused and w.requires_grad and not torch.compiler.is_compiling():
+        _mend_double_backward(w, v, g, dim)
+    return w
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0, eps: float | None = None) -> Tensor:
@@ -198,4 +195,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0, eps: float | None = N
         return v * g
     if dispatch.native("weight_norm", v):
         return _native(v, g, dim, eps)
-    return _apply(v, g, dim, eps, own=True)
+    # made contiguous here and not in the Function: double backward must find the way back to a
+    # strided v
+    w: Tensor = WeightNormFunction.apply(v.contiguous(), g.contiguous(), dim, eps)  # type: ignore[no-untyped-call]
+    return w
