@@ -20,8 +20,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _round_as_hardware_does() -> None:
-    """Let the interpreter round fp32 to bf16 to nearest even, as every GPU does; its own cast
-    truncates."""
+    """Let the interpreter round to bf16 to nearest even, as every GPU does; its own cast truncates
+    fp32, and makes of fp64 the bits of an integer."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -29,7 +29,8 @@ def _round_as_hardware_does() -> None:
     cast = interpreter.InterpreterBuilder.cast_impl
 
     def cast_impl(self, src, dst_type):  # type: ignore[no-untyped-def]
-        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+        wide = src.dtype.scalar in (tl.float32, tl.float64)
+        if wide and dst_type.scalar == tl.bfloat16:
             rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
             return interpreter.TensorHandle(
                 rounded.view(torch.uint16).numpy().reshape(src.data.shape), tl.bfloat16

@@ -160,3 +160,13 @@ def test_mean_only_gradient_keeps_channels_last_under_an_expanded_gradient(backe
 def test_identity_refuses_integers_as_every_activation_does(backend):
     with pytest.raises(NotImplementedError, match="identity"):
         fastnorm.functional.activation(torch.arange(3), "identity")
+
+
+def test_bf16_parameters_beside_an_fp64_input_get_their_gradients(backend):
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    dy = torch.rand_like(x)
+    weight, bias = (torch.ones(3, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    batch_norm(x, None, None, weight, bias, training=True).backward(dy)
+    x_hat = F.batch_norm(x, None, None, training=True)
+    for p, exact in ((weight, (dy * x_hat).sum((0, 2))), (bias, dy.sum((0, 2)))):
+        torch.testing.assert_close(p.grad, exact.to(torch.bfloat16))
