@@ -26,7 +26,7 @@ class Environment:
     """Where and with what the rows were measured."""
 
     device: str
-    driver: str
+    driver: str  # of the GPU; "none" where the rows were measured on a CPU
     cuda: str
     torch: str
     triton: str
@@ -38,6 +38,11 @@ class Environment:
     copy_bandwidth_gbs: float  # bytes read + bytes written
     peers: dict[str, str] = field(default_factory=dict)  # name -> version, the installed ones
     note: str = ""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether this is a CPU: nothing of it stands in one picture with a GPU's."""
+        return self.driver == "none"
 
 
 @dataclass
