@@ -11,7 +11,7 @@ Example:
 """
 
 from fastnorm import functional as functional
-from fastnorm.dispatch import backend, backends, set_backend
+from fastnorm.dispatch import backend, backends, compile_policy, set_backend
 from fastnorm.fuse import fuse_
 from fastnorm.init import data_dependent_init_
 from fastnorm.modules import (
@@ -52,6 +52,7 @@ __all__ = [
     "Swish",
     "backend",
     "backends",
+    "compile_policy",
     "data_dependent_init_",
     "functional",
     "fuse_",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 CHOICES = ("auto", "reference", "triton", "cuda")
+POLICIES = ("opaque", "decompose")
 
 # Below this many elements a CUDA tensor is served by torch's own function under "auto": launching a
 # Triton kernel costs 10-40 us of host time, and a copy of 2^18 elements takes about one.
@@ -71,6 +72,48 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         set_backend(before)
+
+
+_policy = "opaque"
+
+
+class compile_policy:
+    """Choose what torch.compile sees of our layers: for the process, or the length of a ``with``.
+
+    ``"opaque"``, the default: our op, one kernel that inductor calls and does not look into.
+    ``"decompose"``: the ATen formula, of which inductor makes code of its own, fused with what
+    stands around the layer. It goes before a forced backend, in compiled code alone. Expect
+    "opaque" to be the faster one where a layer moves much memory by itself (batch norm in training,
+    a norm with a folded residual or activation), "decompose" where a light layer stands among
+    pointwise operations (an activation between additions, batch norm in evaluation) or where
+    tensors are small; measure both. torch.export and torch.jit.trace always see the formula: their
+    programs run where this package is not installed.
+
+    Raises:
+        ValueError: ``name`` is neither of the two.
+
+    Example:
+        >>> import torch, fastnorm
+        >>> with fastnorm.compile_policy("decompose"):
+        ...     layer = torch.compile(fastnorm.LayerNorm(8), backend="eager")
+        ...     layer(torch.zeros(2, 8)).shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(self, name: str) -> None:
+        global _policy
+        if name not in POLICIES:
+            raise ValueError(
+                f"unknown compile policy {name!r}: choose one of {', '.join(POLICIES)}"
+            )
+        self.before, _policy = _policy, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        global _policy
+        _policy = self.before
 
 
 @functools.cache
@@ -145,11 +188,15 @@ def _refusal(name: str, x: Tensor) -> str | None:
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work: both see through torch's functions, not
-    through ours."""
+    """Whether a call has to be made of torch's functions alone: torch.func, forward-mode AD and
+    torch.jit.trace do not see through ours, and what torch.export writes has to run without us."""
     if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        return _policy == "decompose" or torch.compiler.is_exporting()
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def native(family: str, x: Tensor) -> bool:
