@@ -1,0 +1,1 @@
+"""The CUDA kernels of csrc/ compiled by g++ and executed on the CPU."""
