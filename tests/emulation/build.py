@@ -166,7 +166,7 @@ def build(kind: str = "plain", say: bool = False) -> Path:
     """The extension fastnorm._cuda of this kind ("plain", "asan", "tsan"), compiled if need be."""
     if not (CSRC / "bindings.cpp").exists():
         raise Unavailable("csrc/bindings.cpp is missing: there are no CUDA kernels to run")
-    return library("_cuda", sorted(CSRC.glob("*.cu")), [CSRC / "bindings.cpp"], kind, say)
+    return library("_cuda", sorted(CSRC.glob("[!_]*.cu")), [CSRC / "bindings.cpp"], kind, say)
 
 
 class Engine:
