@@ -1,0 +1,57 @@
+"""Every picture of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.report.bars import host_picture, models_picture
+from benchmarks.report.heat import heat_picture
+from benchmarks.report.lines import DEVICE_MODES, Line, Run, grouped
+from benchmarks.report.points import floor_picture, overview_picture
+
+OVERVIEW = "overview.png"
+VARIANTS = 4  # in one picture: more would not leave room for the numbers
+
+
+def _parts(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:
+    """The lines in parts of at most VARIANTS variants, of equal size, and a suffix for each."""
+    variants = sorted({line.variant for line in lines})
+    count = -(-len(variants) // VARIANTS)
+    for i in range(count):
+        chosen = variants[i * len(variants) // count : (i + 1) * len(variants) // count]
+        yield f"-{i + 1}" if count > 1 else "", [x for x in lines if x.variant in chosen]
+
+
+def _name(stem: str) -> str:
+    return re.sub(r"[^a-z0-9_-]+", "-", stem.lower()) + ".png"
+
+
+def pictures(run: Run) -> Iterator[tuple[str, bytes]]:
+    """Name and PNG of every picture of a run: one device, never two."""
+    if any(line.best for line in run.lines):
+        yield OVERVIEW, overview_picture(run)
+    device = run.of(*DEVICE_MODES)
+    for (op, layout, dtype), lines in grouped(device, "op", "layout", "dtype").items():
+        title, stem = f"{op}, {layout}, {dtype}", f"{op}-{layout}-{dtype}"
+        for suffix, part in _parts(lines):
+            rows = [row for line in part for row in line.rows.values()]
+            if any(row.floor_fraction is not None for row in rows):
+                yield _name(f"floor-{stem}{suffix}"), floor_picture(run, part, title)
+            if any(line.best for line in part):
+                yield _name(f"speed-{stem}{suffix}"), heat_picture(run, part, title)
+    if steps := run.of("step"):
+        yield "models.png", models_picture(run, steps)
+    for (op,), lines in grouped(run.of("host"), "op").items():
+        yield _name(f"host-{op}"), host_picture(run, lines, op)
+
+
+def write(run: Run, folder: Path) -> list[Path]:
+    """Write the pictures of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, png in pictures(run):
+        paths.append(folder / name)
+        paths[-1].write_bytes(png)
+    return paths

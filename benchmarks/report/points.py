@@ -1,0 +1,145 @@
+"""Pictures of points: floor fraction by size, and the overview of all speeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.report.lines import (
+    DEVICE_MODES,
+    Line,
+    Run,
+    geometric_mean,
+    grouped,
+    is_ours,
+    size_text,
+    timed,
+)
+from benchmarks.report.style import SCALE, colour_of, new_figure, step, title, to_png
+
+
+def _middle(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The median of the points of each factor of two of size."""
+    octaves: dict[int, list[tuple[float, float]]] = {}
+    for x, y in points:
+        octaves.setdefault(round(math.log2(x)), []).append((x, y))
+    return [
+        (statistics.median(x for x, _ in near), statistics.median(y for _, y in near))
+        for _, near in sorted(octaves.items())
+    ]
+
+
+def _floor_panel(panel: Any, lines: Sequence[Line], colours: Mapping[str, tuple[str, str]]) -> None:
+    """One faint point per shape, and a line through their medians."""
+    for i, (provider, (colour, marker)) in enumerate(colours.items()):
+        rows = [(line.mebibytes, line.rows.get(provider)) for line in lines]
+        found = [
+            (size, row.floor_fraction)
+            for size, row in rows
+            if row is not None and timed(row) and row.floor_fraction is not None
+        ]
+        if not found:
+            continue
+        aside = 2 ** (0.05 * (i - len(colours) / 2))  # points of one size stand side by side
+        ours = is_ours(provider)
+        x, y = [size * aside for size, _ in found], [value for _, value in found]
+        faint = {"s": 22, "alpha": 0.55} if ours else {"s": 16, "alpha": 0.4}
+        panel.scatter(x, y, color=colour, marker=marker, linewidths=0, **faint)
+        middle = _middle(found)
+        x, y = [size * aside for size, _ in middle], [value for _, value in middle]
+        width, order = 2.4 if provider == "fastnorm" else 1.3, 3 if ours else 2
+        panel.plot(x, y, color=colour, marker=marker, ms=6, label=provider, lw=width, zorder=order)
+
+
+def floor_picture(run: Run, lines: Sequence[Line], name: str) -> bytes:
+    """Floor fraction by size: variants from top to bottom, modes from left to right."""
+    from matplotlib.ticker import FuncFormatter
+
+    variants = sorted({line.variant for line in lines})
+    modes = [mode for mode in DEVICE_MODES if any(line.mode == mode for line in lines)]
+    height = 1.9 + 3.1 * len(variants)
+    figure, panels = new_figure(len(variants), len(modes), height, sharex=True, sharey=True)
+    colours = colour_of(run.providers)
+    for variant, row in zip(variants, panels, strict=True):
+        for mode, panel in zip(modes, row, strict=True):
+            here = [line for line in lines if (line.variant, line.mode) == (variant, mode)]
+            _floor_panel(panel, here, colours)
+            panel.set_title(f"{variant} {mode}".strip(), fontsize=11)
+            panel.axhline(1, color="black", lw=1, ls=":")
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: size_text(x)))
+            panel.grid(alpha=0.25)
+            panel.set_ylim(0, max(1.08, panel.get_ylim()[1]))
+    for panel in panels[-1]:
+        panel.set_xlabel("size of the input (points: shapes; lines: their medians)")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("floor fraction (1 = a plain copy)")
+    drawn = {
+        label: handle
+        for panel in panels.flat
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    names = [provider for provider in colours if provider in drawn]
+    handles = [drawn[provider] for provider in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 8))
+    title(figure, run, f"{name}: floor fraction by size, higher is better")
+    return to_png(figure)
+
+
+def _strip(panel: Any, groups: Sequence[Sequence[Line]], which: str) -> None:
+    """One dot per line, coloured as in the heat maps, and a bar at the geometric mean."""
+    ratios = [
+        [one.ratio for line in group if (one := getattr(line, which)) is not None]
+        for group in groups
+    ]
+    for at, values in enumerate(ratios):
+        # dots of one group in five rows, so that equal ones do not hide each other
+        heights = [at + 0.13 * (i % 5 - 2) for i in range(len(values))]
+        colours = [SCALE[step(value)] for value in values]
+        panel.scatter(values, heights, s=26, c=colours, edgecolors="#555555", linewidths=0.5)
+        if mean := geometric_mean(values):
+            panel.plot([mean, mean], [at - 0.42, at + 0.42], color="black", lw=2)
+            panel.annotate(
+                f"{mean:.2f}", (1.01, at), xycoords=("axes fraction", "data"), va="center"
+            )
+    panel.axvline(1, color="black", lw=1, ls=":")
+    panel.set_xscale("log", base=2)
+    reach = max((max(value, 1 / value) for values in ratios for value in values), default=2)
+    reach = max(reach, 1.5) ** 1.08
+    panel.set_xlim(1 / reach, reach)
+
+
+def overview_picture(run: Run) -> bytes:
+    """The speed of every line, op by op: what the README shows."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+    groups = {
+        key: lines
+        for key, lines in grouped(run.lines, "op", "layout", "mode").items()
+        if any(line.best for line in lines)
+    }
+    figure, panels = new_figure(1, 2, 2.2 + 0.36 * len(groups), sharey=True)
+    names = (("torch", "against torch eager"), ("best", "against the best other, torch included"))
+    for (which, name), panel in zip(names, panels[0], strict=True):
+        _strip(panel, list(groups.values()), which)
+        panel.set_title(name, fontsize=11)
+        low, high = panel.get_xlim()
+        powers = range(math.ceil(math.log2(low) * 2), math.floor(math.log2(high) * 2) + 1)
+        every = 1 if len(powers) < 10 else 2 if len(powers) < 20 else 4
+        ticks = [2 ** (power / 2) for power in powers if power % every == 0]
+        panel.xaxis.set_major_locator(FixedLocator(ticks))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.grid(axis="x", alpha=0.25)
+        panel.set_xlabel("their median time over ours (above 1 fastnorm is faster)")
+        panel.set_yticks(range(len(groups)), [", ".join(key) for key in groups], fontsize=9.5)
+        panel.set_ylim(len(groups) - 0.5, -0.5)
+    figure.supxlabel(
+        "one dot per shape, variant and dtype; red: fastnorm is slower, blue: faster; "
+        "bar and number: geometric mean",
+        fontsize=9.5,
+    )
+    title(figure, run, "Speed of fastnorm")
+    return to_png(figure)

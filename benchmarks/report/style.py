@@ -1,0 +1,80 @@
+"""What all pictures share: colours, the figure, and how it becomes a small PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.report.lines import Run
+
+# Okabe and Ito's colours, which every kind of sight tells apart, and a marker of its own for each
+COLOURS = {
+    "torch": ("#4d4d4d", "s"),
+    "torch.compile": ("#999999", "D"),
+    "fastnorm": ("#0072b2", "o"),
+    "fastnorm-triton": ("#56b4e9", "v"),
+    "fastnorm-cuda": ("#009e73", "^"),
+    "liger-kernel": ("#e69f00", "P"),
+    "quack-kernels": ("#d55e00", "X"),
+    "flag_gems": ("#cc79a7", "*"),
+    "inplace-abn": ("#a6761d", "h"),
+}
+# our time against theirs, in steps that are as wide and as strong on both sides of 1
+STEPS = (1 / 2, 1 / 1.5, 1 / 1.25, 1 / 1.1, 1 / 1.02, 1.02, 1.1, 1.25, 1.5, 2.0)
+SCALE = (  # from slower than half to faster than twice
+    "#67001f #b2182b #d6604d #f4a582 #fddbc7 #f7f7f7 #d1e5f0 #92c5de #4393c3 #2166ac #053061"
+).split()
+STEP_NAMES = "1/2 1/1.5 1/1.25 1/1.1 1/1.02 1.02 1.1 1.25 1.5 2".split()
+WIDTH, DPI = 12.0, 100  # 1200 pixels
+
+
+def step(ratio: float) -> int:
+    """The place in SCALE of a ratio."""
+    return sum(ratio >= edge for edge in STEPS)
+
+
+def ink(index: int) -> str:
+    """Black or white, whichever is read on that colour of SCALE."""
+    return "white" if index in (0, 1, 2, 8, 9, 10) else "black"
+
+
+def colour_of(providers: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each, the same in every picture of a run."""
+    spare = iter([("#f0e442", "<"), ("#7570b3", ">"), ("#66a61e", "d"), ("#e7298a", "p")] * 9)
+    return {name: COLOURS.get(name) or next(spare) for name in providers}
+
+
+def new_figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, Any]:
+    # no window is opened, and no state of pyplot's is left behind
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def title(figure: Any, run: Run, text: str) -> None:
+    """A heading that always names the device."""
+    figure.suptitle(f"{text}\n{run.title}, {run.environment.timestamp[:10]}", fontsize=13)
+
+
+def legend(figure: Any, names: Sequence[str], colours: Mapping[str, tuple[str, str]]) -> None:
+    """The providers below the figure, each in its colour."""
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=colours[name][0], label=name) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 9))
+
+
+def to_png(figure: Any) -> bytes:
+    """The figure in at most 256 colours, which is a third of the bytes."""
+    from PIL import Image
+
+    raw = io.BytesIO()
+    figure.savefig(raw, format="png")
+    small = io.BytesIO()
+    image = Image.open(raw).convert("RGB")
+    image.quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    return small.getvalue()
