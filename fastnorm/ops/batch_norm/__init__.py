@@ -223,6 +223,18 @@ def _served(
     )
 
 
+def check_parameters(x: Tensor, **parameters: Tensor | None) -> None:
+    """RuntimeError where a parameter or buffer does not have one value per channel, on x's
+    device."""
+    for what, value in parameters.items():
+        if value is not None and value.numel() != x.size(1):
+            raise RuntimeError(f"{what} should contain {x.size(1)} elements not {value.numel()}")
+        if value is not None and value.device != x.device:
+            raise RuntimeError(
+                f"{what} is on {value.device}, input on {x.device}: expected the same device"
+            )
+
+
 def check_residual(x: Tensor, residual: Tensor | None) -> bool:
     """Whether the residual can be added inside the kernel; torch's own error where it cannot be
     added at all."""
@@ -334,20 +346,20 @@ def batch_norm(
         )
     if not training:
         num_batches_tracked = None
-    y: Tensor = BatchNormFunction.apply(  # type: ignore[no-untyped-call]
+    rest = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    f = name if inside else "identity"
+    if dispatch.transformed():
+        y = reference.traced(input, residual if inside else None, weight, bias, *rest, f)
+        return y if inside else reference.finish(y, residual, name)
+    y = BatchNormFunction.apply(  # type: ignore[no-untyped-call]
         layout.to_planes(input),
         layout.match(residual, layout.planes_like(input))
         if inside and residual is not None
         else None,
         weight,
         bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        training,
-        momentum,
-        eps,
-        name if inside else "identity",
+        *rest,
+        f,
     )
     return y if inside else reference.finish(y, residual, name)
 
@@ -410,15 +422,7 @@ def mean_only_batch_norm(
         num_batches_tracked = None
     if not input.is_floating_point():
         raise NotImplementedError(f'"mean_only_batch_norm" not implemented for {input.dtype}')
-    for what, value in (("running_mean", running_mean), ("bias", bias)):
-        if value is not None and value.numel() != input.size(1):
-            raise RuntimeError(
-                f"{what} should contain {input.size(1)} elements not {value.numel()}"
-            )
-        if value is not None and value.device != input.device:
-            raise RuntimeError(
-                f"{what} is on {value.device}, input on {input.device}: expected the same device"
-            )
+    check_parameters(input, running_mean=running_mean, bias=bias)
     if training and input.numel() == input.size(1):
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.size()}"

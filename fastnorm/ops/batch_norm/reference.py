@@ -52,6 +52,36 @@ def composite(
     return (v if activation == "identity" else ACTIVATIONS[activation].value(v)).to(x.dtype)
 
 
+def traced(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    batch_stats: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """What F.batch_norm cannot say in a graph (momentum=None, statistics of another dtype), in
+    torch functions that a graph can hold."""
+    v, dims = wide(x), [0, *range(2, x.dim())]
+    if not batch_stats:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, var = running_mean.to(v.dtype), running_var.to(v.dtype)
+    else:
+        mean = v.mean(dims)
+        var = (v - channelwise(mean, x)).square().mean(dims)
+        with torch.no_grad():
+            share, count = factor(momentum, num_batches_tracked), x.numel() // x.size(1)
+            move(running_mean, mean, share)
+            move(running_var, var * (count / (count - 1)), share)
+    return composite(x, residual, weight, bias, mean, torch.rsqrt(var + eps), eps, activation)
+
+
 def mean_only_composite(x: Tensor, bias: Tensor | None, mean: Tensor | None) -> Tensor:
     v = wide(x)
     v = v - channelwise(v.mean([0, *range(2, x.dim())]) if mean is None else mean, x)
@@ -68,10 +98,14 @@ def factor(momentum: float | None, num_batches_tracked: Tensor | None) -> Tensor
 
 
 def move(running: Tensor | None, value: Tensor, share: Tensor | float) -> None:
-    if running is not None:
-        old = wide(running)
-        # .data: as in torch's kernels, this is no change that autograd counts
-        running.data.copy_(old * (1 - share) + value.to(old.dtype) * share)
+    if running is None:
+        return
+    old = wide(running)
+    new = old * (1 - share) + value.to(old.dtype) * share
+    if torch.compiler.is_compiling():
+        running.copy_(new)
+    else:  # .data: as in torch's kernels, this is no change that autograd counts
+        running.data.copy_(new)
 
 
 def _normalise(
@@ -120,6 +154,23 @@ def batch_norm_forward(
     return layout.match(y, layout.planes_like(x)), mean, rstd
 
 
+def slope_times(
+    dy: Tensor,
+    v: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str,
+) -> Tensor:
+    """dz, the wide gradient of the pre-activation, which is recomputed from the wide input v."""
+    if activation == "identity":
+        return wide(dy)
+    z = composite(v, residual, weight, bias, mean, rstd, 0.0, "identity")
+    return ACTIVATIONS[activation].gradient(wide(dy), z)
+
+
 def batch_norm_backward(
     x: Tensor,
     dy: Tensor,
@@ -132,10 +183,8 @@ def batch_norm_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    dz, v = wide(dy), wide(x)
-    if activation != "identity":
-        z = composite(v, residual, weight, bias, mean, rstd, 0.0, "identity")
-        dz = ACTIVATIONS[activation].gradient(dz, z)
+    v = wide(x)
+    dz = slope_times(dy, v, residual, weight, bias, mean, rstd, activation)
     scale = None if weight is None else weight.to(v.dtype)
     if batch_stats:
         dx, dweight, dbias = aten.native_batch_norm_backward(

@@ -1,9 +1,11 @@
-"""Batch norm on Triton: the launchers of triton_forward.py and triton_backward.py."""
+"""Batch norm on Triton: the launchers of triton_forward.py, triton_backward.py and
+triton_sync.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import triton
 from torch import Tensor
 
 from fastnorm.ops import launch
@@ -20,11 +22,27 @@ from fastnorm.ops.batch_norm.triton_forward import (
     forward_ticket_kernel,
 )
 from fastnorm.ops.batch_norm.triton_launch import options, sizes, wide_type, workspace
+from fastnorm.ops.batch_norm.triton_sync import (
+    apply_kernel,
+    merge_ranks_kernel,
+    statistics_kernel,
+)
+
+MERGE_TILE = 8, 128  # ranks, channels
 
 
 def _compact(*parameters: Tensor | None) -> list[Tensor | None]:
     """Parameters as the kernels read them: [C] without gaps, of slices and expansions too."""
     return [None if p is None else p.contiguous() for p in parameters]
+
+
+def _put_back(
+    buffers: tuple[Tensor | None, ...], moved: tuple[Tensor | None, ...]
+) -> None:
+    """Copy what a kernel has written to the compact copies of running statistics with gaps."""
+    for buffer, value in zip(buffers, moved, strict=True):
+        if buffer is not None and value is not None and value is not buffer:
+            buffer.copy_(value)
 
 
 def _forward(
@@ -63,9 +81,7 @@ def _forward(
         CUMULATIVE=momentum is None and track,
         **constants,
     )  # fmt: skip
-    for buffer, moved in zip(buffers, (running_mean, running_var), strict=True):
-        if buffer is not None and moved is not None and moved is not buffer:
-            buffer.copy_(moved)
+    _put_back(buffers, (running_mean, running_var))
 
 
 def batch_norm_forward(
@@ -176,3 +192,60 @@ def mean_only_batch_norm_backward(
         None,
         center_only=True,
     )
+
+
+def batch_norm_statistics(x: Tensor, statistics: Tensor) -> None:
+    p = plan(x, x, operands=1)
+    statistics_kernel[(p.groups * p.tiles,)](
+        statistics, x, workspace(x, p), launch.counters(x, p.groups), *sizes(p), p.tiles,
+        **p.constants, WIDE=wide_type(x), **options(x, p),
+    )  # fmt: skip
+
+
+def batch_norm_merge(
+    gathered: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    num_batches_tracked: Tensor | None, momentum: float | None,
+    mean: Tensor, var: Tensor, count: Tensor,
+) -> None:  # fmt: skip
+    buffers = (running_mean, running_var)
+    running_mean, running_var = _compact(*buffers)
+    track, block = num_batches_tracked is not None, MERGE_TILE[1]
+    merge_ranks_kernel[(triton.cdiv(mean.numel(), block),)](
+        mean, var, count, running_mean, running_var, num_batches_tracked,
+        gathered, launch.counters(gathered, 2) if track else None,
+        *launch.split(momentum or 0.0), gathered.size(0), mean.numel(),
+        UPDATE_MEAN=running_mean is not None, UPDATE_VAR=running_var is not None, TRACK=track,
+        CUMULATIVE=momentum is None and track,
+        BLOCK_R=MERGE_TILE[0], BLOCK_C=block, WIDE=wide_type(gathered), enable_fp_fusion=True,
+    )  # fmt: skip
+    _put_back(buffers, (running_mean, running_var))
+
+
+def batch_norm_reduce(
+    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, activation: str,
+    sum_dz: Tensor, sum_dz_x_hat: Tensor,
+) -> None:  # fmt: skip
+    # the gradients of a bias and a weight of wide dtype are these sums
+    _backward(
+        x, dy, residual, weight, bias, mean, rstd, False, activation,
+        None, sum_dz_x_hat, sum_dz, None, center_only=False,
+    )  # fmt: skip
+
+
+def batch_norm_apply(
+    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, sums: Tensor, count: Tensor, activation: str, needs_dresidual: bool,
+    dx: Tensor, dresidual: Tensor | None,
+) -> None:  # fmt: skip
+    plain = activation == "identity"
+    residual = None if plain else residual
+    weight, bias = _compact(weight, bias)
+    p = plan(x, dy, operands=2 if residual is None else 3)
+    apply_kernel[(p.groups * p.tiles,)](
+        dx, dresidual, dy, x, residual, weight, bias, mean, rstd, sums, count,
+        *sizes(p), p.tiles,
+        SLOPE=ACTIVATIONS[activation][1], PLAIN=plain, HAS_RESIDUAL=residual is not None,
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, NEED_DRESIDUAL=needs_dresidual,
+        **p.constants, WIDE=wide_type(x), **options(x, p),
+    )  # fmt: skip

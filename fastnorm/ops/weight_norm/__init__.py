@@ -60,7 +60,7 @@ def _check(v: Tensor, g: Tensor, dim: int | None) -> None:
 def _forward_outputs(
     v: Tensor, g: Tensor, dim: int | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.result_type(v, g)
+    dtype = reference.promoted(v, g)
     w = torch.empty_like(v, dtype=dtype, memory_format=torch.contiguous_format)
     return w, torch.empty_like(
         g, dtype=reference.wide(dtype), memory_format=torch.contiguous_format

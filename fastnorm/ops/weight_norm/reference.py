@@ -14,6 +14,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def promoted(v: Tensor, g: Tensor) -> torch.dtype:
+    """torch.result_type of floating-point v and g, which Dynamo cannot trace in torch.export."""
+    return torch.promote_types(v.dtype, g.dtype) if g.dim() > 0 else v.dtype
+
+
 def _norm(v: Tensor, dim: int | None) -> Tensor:
     others = [i for i in range(v.dim()) if i != dim]
     if not others:  # to vector_norm an empty list means every dim
@@ -25,7 +30,7 @@ def _norm(v: Tensor, dim: int | None) -> Tensor:
 def composite(v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> Tensor:
     """w as differentiable torch functions, any number of times (torch's own double backward forgets
     d||v||/dv)."""
-    dtype = torch.result_type(v, g)
+    dtype = promoted(v, g)
     v, g = v.to(wide(dtype)), g.to(wide(dtype))
     norm = _norm(v, dim)
     if eps is not None:
@@ -51,7 +56,7 @@ def _unrows(rows: Tensor, like: Tensor, dim: int | None) -> Tensor:
 def weight_norm_forward(
     v: Tensor, g: Tensor, dim: int | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.result_type(v, g)
+    dtype = promoted(v, g)
     rows, scale = _rows(v.to(wide(dtype)), dim).contiguous(), g.to(wide(dtype)).reshape(-1, 1)
     w, norm = aten._weight_norm_interface(rows, scale, 0)
     if eps is not None:
