@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnorm.modules.programs import Proxy, Scriptable, leaf
 from fastnorm.ops.activation import gelu, selu, silu, swish
 
 
-class GELU(torch.nn.GELU):
+class GELU(Scriptable, torch.nn.GELU):
     """torch.nn.GELU on fused kernels, with a third form.
 
     Formulas, dtypes and errors: :func:`fastnorm.functional.gelu`.
@@ -26,10 +27,12 @@ class GELU(torch.nn.GELU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)  # type: ignore[no-any-return]
         return gelu(input, self.approximate)
 
 
-class SiLU(torch.nn.SiLU):
+class SiLU(Scriptable, torch.nn.SiLU):
     """torch.nn.SiLU on fused kernels; see :func:`fastnorm.functional.silu`.
 
     .. math:: y = x\\,\\sigma(x)
@@ -41,10 +44,12 @@ class SiLU(torch.nn.SiLU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)  # type: ignore[no-any-return]
         return silu(input, self.inplace)
 
 
-class SELU(torch.nn.SELU):
+class SELU(Scriptable, torch.nn.SELU):
     """torch.nn.SELU on fused kernels; see :func:`fastnorm.functional.selu`.
 
     .. math:: y = \\lambda (\\max(0, x) + \\min(0, \\alpha (e^x - 1)))
@@ -56,10 +61,12 @@ class SELU(torch.nn.SELU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)  # type: ignore[no-any-return]
         return selu(input, self.inplace)
 
 
-class Swish(torch.nn.Module):
+class Swish(Scriptable, torch.nn.Module):
     """Swish, the sigmoid linear unit with a slope beta that can be learned; SiLU at beta = 1.
 
     .. math:: y = x\\,\\sigma(\\beta x)
@@ -112,6 +119,8 @@ class Swish(torch.nn.Module):
         torch.nn.init.constant_(self.beta, self.init)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)  # type: ignore[no-any-return]
         return swish(input, self.beta)
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import dispatch
+from fastnorm.modules.programs import Proxy, Scriptable, leaf
 from fastnorm.ops.activation import check_name
 from fastnorm.ops.batch_norm import batch_norm, mean_only_batch_norm
 
@@ -25,12 +26,14 @@ def _statistics(module: Any) -> dict[str, Any]:
     }
 
 
-class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(Scriptable, torch.nn.modules.batchnorm._BatchNorm):
     """The forward of the drop-ins; parameters, buffers, checks and state_dict are torch's."""
 
     activation: str | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input, residual)  # type: ignore[no-any-return]
         weight, mean = self.weight, self.running_mean
         if (
             residual is None
@@ -164,7 +167,7 @@ class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
     """
 
 
-class _MeanOnlyBatchNorm(torch.nn.Module):
+class _MeanOnlyBatchNorm(Scriptable, torch.nn.Module):
     """The keys of batch norm's state_dict without weight and running_var."""
 
     _version = 2
@@ -212,6 +215,8 @@ class _MeanOnlyBatchNorm(torch.nn.Module):
             torch.nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)  # type: ignore[no-any-return]
         if input.dim() not in self.dimensions:
             expected = " or ".join(f"{n}D" for n in self.dimensions)
             raise ValueError(f"expected {expected} input (got {input.dim()}D input)")

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnorm.modules.programs import Proxy, Scriptable, leaf
 from fastnorm.ops.activation import check_name
 from fastnorm.ops.layer_norm import layer_norm
 
 
-class LayerNorm(torch.nn.LayerNorm):
+class LayerNorm(Scriptable, torch.nn.LayerNorm):
     """``torch.nn.LayerNorm`` with an optional activation and an optional residual in the same
     kernels.
 
@@ -55,6 +56,8 @@ class LayerNorm(torch.nn.LayerNorm):
         self, input: Tensor, residual: Tensor | None = None, return_sum: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """activation(layer_norm(input + residual)), and with ``return_sum`` the sum as well."""
+        if isinstance(input, Proxy):
+            return leaf(self, input, residual, return_sum or None)  # type: ignore[no-any-return]
         return layer_norm(
             input,
             self.normalized_shape,

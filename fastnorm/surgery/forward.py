@@ -65,6 +65,14 @@ class FusedForward:
                 )
         return self.function(self.module, *args, **kwargs)
 
+    @property
+    def _torchscript_modifier(self) -> None:
+        """What torch.jit.script asks first of a forward that it is about to read."""
+        raise RuntimeError(
+            f"the forward of {type(self.module).__name__} was written by fuse_, and TorchScript "
+            "cannot read it: call fastnorm.restore_(model) before torch.jit.script"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         named = {
             key: value.__name__

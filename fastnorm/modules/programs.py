@@ -1,0 +1,50 @@
+"""What torch.fx and TorchScript, which read source or class, are told about a layer of ours."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+Proxy = fx.Proxy
+
+
+def leaf(module: nn.Module, *inputs: Any) -> Any:
+    """A call of the layer as one node of a torch.fx graph, as the layers of torch.nn are."""
+    tracer: Any = next(x for x in inputs if isinstance(x, Proxy)).tracer
+    kind = type(tracer.root).__name__
+    if "forward" in tracer.root.__dict__:
+        raise fx.proxy.TraceError(
+            f"torch.fx reads the forward of the class {kind}, not the one that fuse_ bound to this "
+            "instance: call fastnorm.restore_ first"
+        )
+    path = tracer.path_of_module(module)
+    if not path:
+        raise fx.proxy.TraceError(
+            f"{kind} is a layer, which torch.fx takes whole: trace the model it stands in"
+        )
+    while inputs and inputs[-1] is None:
+        inputs = inputs[:-1]
+    return tracer.create_proxy("call_module", path, inputs, {})
+
+
+class Scriptable:
+    """Gives torch.jit.script torch's own layer, with the same parameters, for one of ours."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        module: Any = self
+        torchs = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch."))
+        activation = getattr(self, "activation", None)
+        if torchs is nn.Module or activation or getattr(self, "approximate", None) == "sigmoid":
+            raise RuntimeError(
+                f"TorchScript has no layer like {self!r}: call fastnorm.restore_(model) before "
+                "torch.jit.script to undo fuse_, or use torch.export or torch.jit.trace, which "
+                "take the model as it is"
+            )
+        twin: nn.Module = copy.copy(module)
+        for name in ("_fastnorm_origin", "activation", "autocast"):
+            twin.__dict__.pop(name, None)
+        twin.__class__ = torchs
+        return twin
