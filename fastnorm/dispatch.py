@@ -7,6 +7,7 @@ import functools
 import importlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,15 +154,31 @@ def _triton_missing() -> str | None:
 
 
 @functools.cache
+def _extension() -> Any:
+    return importlib.import_module("fastnorm._cuda")
+
+
+@functools.cache
+def emulating() -> bool:
+    """Whether the CUDA backend is the tests' build for the CPU, which serves CPU tensors."""
+    try:
+        return bool(getattr(_extension(), "emulated", False))
+    except ImportError:
+        return False
+
+
+@functools.cache
 def _cuda_missing() -> str | None:
     try:
-        extension = importlib.import_module("fastnorm._cuda")
+        reason: str | None = _extension().unavailable()
     except ImportError as error:
         return (
-            f"this installation has no extension fastnorm._cuda ({error}), which this version does "
-            "not bring yet: use backend 'triton'"
+            f"this installation has no compiled extension ({error}): install it where nvcc is "
+            "found, with FASTNORM_BUILD_CUDA=1 pip install --force-reinstall --no-deps "
+            "fastnorm-torch, or use backend 'triton'"
         )
-    reason: str | None = extension.unavailable()
+    if reason is None and not emulating() and torch.cuda.is_available():
+        return _too_old()
     return reason
 
 
@@ -182,7 +199,8 @@ def _refusal(name: str, x: Tensor) -> str | None:
     if name == "reference":
         return None
     missing = _triton_missing() if name == "triton" else _cuda_missing()
-    if missing is None and not x.is_cuda and not (name == "triton" and interpreting()):
+    on_cpu = interpreting() if name == "triton" else emulating()
+    if missing is None and not x.is_cuda and not (on_cpu and x.is_cpu):
         return f"it serves CUDA tensors, and this one is on {x.device}"
     return missing
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,6 +33,18 @@ def match(x: Tensor, like: Tensor) -> Tensor:
     """x itself where it has the strides of ``like``, else a copy that has (an expanded or
     transposed gradient, say)."""
     return restride(x, like.stride())
+
+
+def overwrite(y: Tensor, x: Tensor, fill: Callable[[Tensor, Tensor], None]) -> None:
+    """Let an elementwise ``fill(x, y)`` write y in place; through dense copies where their strides
+    differ or leave gaps."""
+    if x.stride() == y.stride() and _is_dense(y):
+        fill(x, y)
+    else:
+        compact = dense(x)
+        result = torch.empty_like(compact)
+        fill(compact, result)
+        y.copy_(result)
 
 
 def restride(x: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -34,13 +34,7 @@ def activation_forward(x: Tensor, name: str, y: Tensor) -> None:
 
 
 def activation_forward_(x: Tensor, y: Tensor, name: str) -> None:
-    if x.stride() == y.stride() and torch.ops.aten.is_non_overlapping_and_dense(y):
-        activation_forward(x, name, y)
-    else:
-        compact = layout.dense(x)
-        result = torch.empty_like(compact)
-        activation_forward(compact, name, result)
-        y.copy_(result)
+    layout.overwrite(y, x, lambda x, y: activation_forward(x, name, y))
 
 
 def activation_backward(x: Tensor, dy: Tensor, name: str, dx: Tensor) -> None:

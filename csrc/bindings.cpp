@@ -1,0 +1,119 @@
+// The module fastnorm._cuda: pointers, sizes, positions in DTYPES and ACTIVATIONS and the stream
+// come in as integers; a CUDA error goes out as a RuntimeError.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "activation.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T = void>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// An optional array of any dtype: a null address where there is none.
+fastnorm::Array array(Address address, int dtype) {
+    return {at(address), fastnorm::Dtype(dtype)};
+}
+
+// Runs a launcher without the interpreter's lock: a full launch queue blocks.
+template <class F>
+void run(const char* name, F launcher) {
+    cudaError_t error;
+    {
+        py::gil_scoped_release unlocked;
+        error = launcher();
+    }
+    if (error != cudaSuccess) {
+        throw std::runtime_error(std::string("fastnorm's CUDA backend: ") + name + " failed: " +
+                                 cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
+    }
+}
+
+#define FASTNORM_NAME(name) #name,
+
+template <std::size_t N>
+py::tuple names(const char* const (&list)[N]) {
+    py::tuple found(N);
+    for (std::size_t i = 0; i < N; ++i) found[i] = list[i];
+    return found;
+}
+
+std::string version(int number) {
+    return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+// Why no kernel can run here, and what to do about it; None where they can.
+py::object unavailable() {
+    int driver = 0, runtime = 0, devices = 0;
+    cudaRuntimeGetVersion(&runtime);
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+        return py::str("no NVIDIA driver is installed");
+    if (driver / 1000 < runtime / 1000) {
+        return py::str("the NVIDIA driver supports CUDA " + version(driver) +
+                       ", and the extension was built with CUDA " + version(runtime) +
+                       ": update the driver, or build fastnorm with a CUDA toolkit " +
+                       std::to_string(driver / 1000) + ".x");
+    }
+    if (const cudaError_t error = cudaGetDeviceCount(&devices); error != cudaSuccess) {
+        cudaGetLastError();  // an error that is left behind would be reported by the next launch
+        return py::str(std::string("CUDA finds no device: ") + cudaGetErrorString(error));
+    }
+    if (devices == 0) return py::str("CUDA finds no device");
+    return py::none();
+}
+
+void bind_activation(py::module_& m) {
+    using namespace fastnorm;
+    m.def("activation_forward",
+          [](Address y, Address x, long count, int activation, int dtype, Address stream) {
+              const ActivationForward a = {at(y), at(x), count, Activation(activation)};
+              run("activation_forward",
+                  [&] { return activation_forward(a, Dtype(dtype), at<CUstream_st>(stream)); });
+          });
+    m.def("activation_backward", [](Address dx, Address x, Address dy, long count, int activation,
+                                    int dtype, Address stream) {
+        const ActivationBackward a = {at(dx), at(x), at(dy), count, Activation(activation)};
+        run("activation_backward",
+            [&] { return activation_backward(a, Dtype(dtype), at<CUstream_st>(stream)); });
+    });
+    py::class_<SwishSizes>(m, "SwishSizes").def_readonly("groups", &SwishSizes::groups);
+    m.def("swish_sizes", [](long outer, long channels, long inner, int dtype, int processors) {
+        return swish_sizes(outer, channels, inner, Dtype(dtype), processors);
+    });
+    m.def("swish_partials",
+          [](const SwishSizes& sizes, int dtype) { return swish_partials(sizes, Dtype(dtype)); });
+    m.def("swish_forward", [](Address y, Address x, Address beta, int beta_dtype,
+                              const SwishSizes& sizes, int dtype, Address stream) {
+        const SwishForward a = {at(y), at(x), array(beta, beta_dtype), sizes};
+        run("swish_forward",
+            [&] { return swish_forward(a, Dtype(dtype), at<CUstream_st>(stream)); });
+    });
+    m.def("swish_backward", [](Address dx, Address dbeta, Address x, Address dy, Address beta,
+                               int beta_dtype, Address partials, Address counters,
+                               const SwishSizes& sizes, int dtype, Address stream) {
+        const SwishBackward a = {
+            at(dx),       array(dbeta, beta_dtype), at(x), at(dy), array(beta, beta_dtype),
+            at(partials), at<unsigned>(counters),   sizes};
+        run("swish_backward",
+            [&] { return swish_backward(a, Dtype(dtype), at<CUstream_st>(stream)); });
+    });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+    m.doc() = "fastnorm's CUDA C++ kernels; called by fastnorm/ops/<family>/cuda.py alone.";
+    m.attr("DTYPES") = names({FASTNORM_DTYPES(FASTNORM_NAME)});
+    m.attr("ACTIVATIONS") = names({FASTNORM_ACTIVATIONS(FASTNORM_NAME)});
+    m.def("unavailable", &unavailable, "Why no kernel can run here; None where they can.");
+    bind_activation(m);
+}
