@@ -29,7 +29,9 @@ from fastnorm.modules import (
     MeanOnlyBatchNorm3d,
     SiLU,
     Swish,
+    SyncBatchNorm,
 )
+from fastnorm.modules.sync_batch_norm import convert_sync_batchnorm
 from fastnorm.modules.weight_norm import remove_weight_norm, weight_norm
 from fastnorm.replace import replace_, restore_
 
@@ -50,9 +52,11 @@ __all__ = [
     "MeanOnlyBatchNorm3d",
     "SiLU",
     "Swish",
+    "SyncBatchNorm",
     "backend",
     "backends",
     "compile_policy",
+    "convert_sync_batchnorm",
     "data_dependent_init_",
     "functional",
     "fuse_",

@@ -2,6 +2,7 @@
 
 from fastnorm.ops.activation import activation, gelu, selu, silu, swish
 from fastnorm.ops.batch_norm import batch_norm, mean_only_batch_norm
+from fastnorm.ops.batch_norm.sync import sync_batch_norm
 from fastnorm.ops.layer_norm import layer_norm
 from fastnorm.ops.weight_norm import weight_norm
 
@@ -14,5 +15,6 @@ __all__ = [
     "selu",
     "silu",
     "swish",
+    "sync_batch_norm",
     "weight_norm",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fastnorm.modules import batch_norm, layer_norm
+from fastnorm.modules import batch_norm, layer_norm, sync_batch_norm
 from fastnorm.surgery.edits import (
     ORIGIN,
     Edits,
@@ -31,6 +31,7 @@ _NORMS: dict[type[nn.Module], type[nn.Module]] = {
     batch_norm.BatchNorm1d: batch_norm.BatchNormAct1d,
     batch_norm.BatchNorm2d: batch_norm.BatchNormAct2d,
     batch_norm.BatchNorm3d: batch_norm.BatchNormAct3d,
+    sync_batch_norm.SyncBatchNorm: sync_batch_norm.SyncBatchNorm,
     nn.LayerNorm: layer_norm.LayerNorm,
     layer_norm.LayerNorm: layer_norm.LayerNorm,
 }

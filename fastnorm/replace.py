@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from fastnorm.modules import activation as activations
-from fastnorm.modules import batch_norm, layer_norm, weight_norm
+from fastnorm.modules import batch_norm, layer_norm, sync_batch_norm, weight_norm
+from fastnorm.surgery import others
 from fastnorm.surgery.edits import (
     ORIGIN,
     Edits,
@@ -29,9 +30,9 @@ from fastnorm.surgery.report import Report, Row
 __all__ = ["Report", "Row", "replace_", "restore_"]
 
 
-@functools.cache
 def replacements() -> dict[type[nn.Module], type[nn.Module]]:
-    """torch's class -> ours, for everything that replace_ can replace."""
+    """torch's class, or another package's that is in use -> ours, for all that replace_ can
+    replace."""
     return {
         nn.BatchNorm1d: batch_norm.BatchNorm1d,
         nn.BatchNorm2d: batch_norm.BatchNorm2d,
@@ -41,6 +42,7 @@ def replacements() -> dict[type[nn.Module], type[nn.Module]]:
         nn.SiLU: activations.SiLU,
         nn.SELU: activations.SELU,
         parametrizations._WeightNorm: weight_norm.WeightNorm,
+        **others.replacements(),
     }
 
 
@@ -101,7 +103,9 @@ def replace_(
         targets: classes or their names among BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm,
             GELU, SiLU,
             SELU and WeightNorm (the parametrization behind
-            torch.nn.utils.parametrizations.weight_norm); all of them by default.
+            torch.nn.utils.parametrizations.weight_norm); where those packages are imported, also
+            timm's BatchNormAct2d and LayerNormAct and transformers' GELUActivation, GELUTanh,
+            NewGELUActivation, QuickGELUActivation and SiLUActivation; all of them by default.
         filter_fn: called as ``filter_fn(module, name)``; only modules it returns true for are
             replaced.
         dry_run: report what would be replaced, change nothing.
@@ -141,11 +145,10 @@ def replace_(
     return Report(rows, dry_run)
 
 
-@functools.cache
 def owned_classes() -> frozenset[type[nn.Module]]:
-    """Every class that replace_ or fuse_ can have given a module."""
+    """Every class that replace_, fuse_ or convert_sync_batchnorm can have given a module."""
     fused = (batch_norm.BatchNormAct1d, batch_norm.BatchNormAct2d, batch_norm.BatchNormAct3d)
-    return frozenset((*replacements().values(), *fused))
+    return frozenset((*replacements().values(), *fused, sync_batch_norm.SyncBatchNorm))
 
 
 def _restore_class(module: nn.Module, origin: Origin) -> None:

@@ -16,6 +16,7 @@ from fastnorm.modules.batch_norm import (
     MeanOnlyBatchNorm3d,
 )
 from fastnorm.modules.layer_norm import LayerNorm
+from fastnorm.modules.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "GELU",
@@ -32,4 +33,5 @@ __all__ = [
     "MeanOnlyBatchNorm3d",
     "SiLU",
     "Swish",
+    "SyncBatchNorm",
 ]

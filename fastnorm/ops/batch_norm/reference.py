@@ -8,104 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnorm import layout
-from fastnorm.ops.activation.reference import ACTIVATIONS, wide
+from fastnorm.ops.activation.reference import wide
+from fastnorm.ops.batch_norm.composite import channelwise as channelwise
+from fastnorm.ops.batch_norm.composite import composite as composite
+from fastnorm.ops.batch_norm.composite import factor, move, slope_times
+from fastnorm.ops.batch_norm.composite import finish as finish
+from fastnorm.ops.batch_norm.composite import mean_only_composite as mean_only_composite
+from fastnorm.ops.batch_norm.composite import traced as traced
+from fastnorm.ops.batch_norm.reference_sync import batch_norm_apply as batch_norm_apply
+from fastnorm.ops.batch_norm.reference_sync import batch_norm_merge as batch_norm_merge
+from fastnorm.ops.batch_norm.reference_sync import batch_norm_reduce as batch_norm_reduce
+from fastnorm.ops.batch_norm.reference_sync import batch_norm_statistics as batch_norm_statistics
 
 aten = torch.ops.aten
-
-
-def channelwise(v: Tensor, x: Tensor) -> Tensor:
-    """v of [C], shaped to broadcast over x of [N, C, ...]."""
-    return v.reshape(1, -1, *[1] * (x.dim() - 2))
-
-
-def finish(z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    """activation(z + residual), as the unfused model writes it."""
-    if residual is not None:
-        z = z + residual
-    return z if activation == "identity" else ACTIVATIONS[activation].value(z)
-
-
-def composite(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    eps: float,
-    activation: str,
-) -> Tensor:
-    """The differentiable whole from plain torch lines; statistics of the batch where none are
-    given."""
-    v = wide(x)
-    if mean is None or rstd is None:
-        dims = [0, *range(2, x.dim())]
-        mean = v.mean(dims)
-        rstd = torch.rsqrt((v - channelwise(mean, x)).square().mean(dims) + eps)
-    v = (v - channelwise(mean, x)) * channelwise(rstd, x)
-    if weight is not None:
-        v = v * channelwise(weight, x)
-    if bias is not None:
-        v = v + channelwise(bias, x)
-    if residual is not None:
-        v = v + residual
-    return (v if activation == "identity" else ACTIVATIONS[activation].value(v)).to(x.dtype)
-
-
-def traced(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    batch_stats: bool,
-    momentum: float | None,
-    eps: float,
-    activation: str,
-) -> Tensor:
-    """What F.batch_norm cannot say in a graph (momentum=None, statistics of another dtype), in
-    torch functions that a graph can hold."""
-    v, dims = wide(x), [0, *range(2, x.dim())]
-    if not batch_stats:
-        assert running_mean is not None
-        assert running_var is not None
-        mean, var = running_mean.to(v.dtype), running_var.to(v.dtype)
-    else:
-        mean = v.mean(dims)
-        var = (v - channelwise(mean, x)).square().mean(dims)
-        with torch.no_grad():
-            share, count = factor(momentum, num_batches_tracked), x.numel() // x.size(1)
-            move(running_mean, mean, share)
-            move(running_var, var * (count / (count - 1)), share)
-    return composite(x, residual, weight, bias, mean, torch.rsqrt(var + eps), eps, activation)
-
-
-def mean_only_composite(x: Tensor, bias: Tensor | None, mean: Tensor | None) -> Tensor:
-    v = wide(x)
-    v = v - channelwise(v.mean([0, *range(2, x.dim())]) if mean is None else mean, x)
-    return (v if bias is None else v + channelwise(bias, x)).to(x.dtype)
-
-
-def factor(momentum: float | None, num_batches_tracked: Tensor | None) -> Tensor | float:
-    """The share of the new batch in a running statistic, without a host sync; counts the batch."""
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        if momentum is None:
-            return num_batches_tracked.double().reciprocal()
-    return 0.0 if momentum is None else momentum
-
-
-def move(running: Tensor | None, value: Tensor, share: Tensor | float) -> None:
-    if running is None:
-        return
-    old = wide(running)
-    new = old * (1 - share) + value.to(old.dtype) * share
-    if torch.compiler.is_compiling():
-        running.copy_(new)
-    else:  # .data: as in torch's kernels, this is no change that autograd counts
-        running.data.copy_(new)
 
 
 def _normalise(
@@ -152,23 +67,6 @@ def batch_norm_forward(
         y = composite(x, None, weight, bias, mean, rstd, eps, "identity")
     y = finish(y, residual, activation)
     return layout.match(y, layout.planes_like(x)), mean, rstd
-
-
-def slope_times(
-    dy: Tensor,
-    v: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    activation: str,
-) -> Tensor:
-    """dz, the wide gradient of the pre-activation, which is recomputed from the wide input v."""
-    if activation == "identity":
-        return wide(dy)
-    z = composite(v, residual, weight, bias, mean, rstd, 0.0, "identity")
-    return ACTIVATIONS[activation].gradient(wide(dy), z)
 
 
 def batch_norm_backward(

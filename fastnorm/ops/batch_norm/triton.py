@@ -36,9 +36,7 @@ def _compact(*parameters: Tensor | None) -> list[Tensor | None]:
     return [None if p is None else p.contiguous() for p in parameters]
 
 
-def _put_back(
-    buffers: tuple[Tensor | None, ...], moved: tuple[Tensor | None, ...]
-) -> None:
+def _put_back(buffers: tuple[Tensor | None, ...], moved: tuple[Tensor | None, ...]) -> None:
     """Copy what a kernel has written to the compact copies of running statistics with gaps."""
     for buffer, value in zip(buffers, moved, strict=True):
         if buffer is not None and value is not None and value is not buffer:
