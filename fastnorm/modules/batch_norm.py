@@ -26,6 +26,23 @@ def _statistics(module: Any) -> dict[str, Any]:
     }
 
 
+def fused(
+    module: Any, input: Tensor, activation: str | None, residual: Tensor | None = None
+) -> Tensor:
+    """batch_norm with a layer's parameters, buffers and mode."""
+    use = not module.training or module.track_running_stats
+    return batch_norm(
+        input,
+        running_var=module.running_var if use else None,
+        weight=module.weight,
+        bias=module.bias,
+        eps=module.eps,
+        activation=activation,
+        residual=residual,
+        **_statistics(module),
+    )
+
+
 class _BatchNorm(Scriptable, torch.nn.modules.batchnorm._BatchNorm):
     """The forward of the drop-ins; parameters, buffers, checks and state_dict are torch's."""
 
@@ -44,17 +61,7 @@ class _BatchNorm(Scriptable, torch.nn.modules.batchnorm._BatchNorm):
         ):
             return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        use = not self.training or self.track_running_stats
-        return batch_norm(
-            input,
-            running_var=self.running_var if use else None,
-            weight=weight,
-            bias=self.bias,
-            eps=self.eps,
-            activation=self.activation,
-            residual=residual,
-            **_statistics(self),
-        )
+        return fused(self, input, self.activation, residual)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fastnorm.modules import activation
+from fastnorm.surgery import others
 from fastnorm.surgery.edits import title
 
 # which activation is this?
@@ -79,10 +80,10 @@ def hooked(module: nn.Module) -> bool:
 
 def activation_of(module: nn.Module) -> tuple[str, str]:
     """(name, "") of the activation a module is, ("", why it cannot be folded) if it is none."""
-    find = _MODULES.get(type(module))
-    if find is None:
-        return "", f"followed by {title(type(module))}"
+    find = _MODULES.get(type(module), others.activation_name)
     name = find(module)
+    if name is None and type(module) not in _MODULES:
+        return "", f"followed by {title(type(module))}"
     if name is None:
         return "", f"no fused activation has the parameters of {module}"
     if hooked(module):

@@ -1,0 +1,39 @@
+"""Layers of other packages: known where those packages are in use, never imported for it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+# a model has layers of a package only if this module of it is imported; ours that knows them
+_PACKAGES = {
+    "transformers.activations": "fastnorm.modules.transformers",
+    "timm.layers.norm_act": "fastnorm.modules.timm",
+}
+
+
+def _in_use() -> Iterator[Any]:
+    for theirs, ours in _PACKAGES.items():
+        if theirs in sys.modules:
+            yield importlib.import_module(ours)
+
+
+def replacements() -> dict[type[nn.Module], type[nn.Module]]:
+    """A package's class -> ours."""
+    return {theirs: ours for known in _in_use() for theirs, ours in known.REPLACEMENTS.items()}
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The fused activation that a layer of another package is."""
+    return next(
+        (
+            known.ACTIVATIONS[type(module)]
+            for known in _in_use()
+            if type(module) in known.ACTIVATIONS
+        ),
+        None,
+    )
