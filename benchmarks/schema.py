@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -43,6 +44,11 @@ class Environment:
     def on_cpu(self) -> bool:
         """Whether this is a CPU: nothing of it stands in one picture with a GPU's."""
         return self.driver == "none"
+
+    @property
+    def slug(self) -> str:
+        """The device as the name of its folder in benchmarks/results/."""
+        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
 
 
 @dataclass

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 
+from benchmarks import suites
 from benchmarks.schema import Environment, Results, Row
 
 GPU = Environment(
@@ -54,29 +55,6 @@ PEERS = {
     "flag_gems": ("batch_norm", "layer_norm", "weight_norm", "activation"),
     "inplace-abn": ("batch_norm",),
 }
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PLANES = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7))
-
-
-def _ops() -> Iterator[tuple[str, str, list[int], str, str]]:
-    """Op, variant, shape, layout and dtype."""
-    for layout, dtype in (("nchw", "bfloat16"), ("nhwc", "bfloat16"), ("nchw", "float32")):
-        for variant in ("plain", "relu", "silu", "residual+relu"):
-            for batch in (32, 256) if layout == "nchw" else (64,):
-                for C, side in (*PLANES, (2048, 7)):
-                    yield "batch_norm", variant, [batch, C, side, side], layout, dtype
-    for rows, columns in ((4096, 1024), (4096, 8192), (4096, 15872), (50432, 769)):
-        yield "layer_norm", "plain", [rows, columns], "rows", "bfloat16"
-    for columns in (256, 1000, 1024, 4095, 4096, 8192, 32768, 65536):
-        yield "layer_norm", "plain", [32768, columns], "rows", "bfloat16"
-        yield "layer_norm", "residual", [32768, columns], "rows", "bfloat16"
-    for features in (1024, 4096, 8192):
-        yield "weight_norm", "linear", [features, features], "rows", "float32"
-    yield "weight_norm", "dim=2", [512, 512, 128], "rows", "float32"
-    for variant in ("gelu", "silu", "selu"):
-        for power in range(16, 29, 2):
-            yield "activation", variant, [2**power], "flat", "bfloat16"
-        yield "activation", variant, [8192, 8192], "flat", "float32"
 
 
 def _timed(row: Row, milliseconds: float, noise: float) -> Row:
@@ -87,15 +65,16 @@ def _timed(row: Row, milliseconds: float, noise: float) -> Row:
 
 def device_rows(seed: int = 0) -> Iterator[Row]:
     chance = random.Random(seed)
-    for op, variant, shape, layout, dtype in _ops():
-        for mode, moves in (("forward", 2), ("backward", 3)):
-            size = moves * math.prod(shape) * BYTES[dtype]
+    for problem in suites.problems(("ops",), "cuda"):
+        op, variant, layout, dtype = problem.op, problem.variant, problem.layout, problem.dtype
+        for mode in problem.modes:
+            size = (2 if mode == "forward" else 3) * problem.numel * problem.itemsize
             copy = 0.002 + 1e3 * size / 3.0e12
             luck = chance.uniform(0.8, 1.1)  # of the shape, for all who run on it
             for provider, speed in SPEED.items():
                 if op not in PEERS.get(provider, (op,)):
                     continue
-                row = Row(op, variant, mode, shape, layout, dtype, provider)
+                row = Row(op, variant, mode, list(problem.shape), layout, dtype, provider)
                 if provider == "inplace-abn":
                     row.ok, row.note = False, "not installed"
                 elif provider == "flag_gems" and variant == "silu":
@@ -112,17 +91,12 @@ def device_rows(seed: int = 0) -> Iterator[Row]:
 
 def host_rows(seed: int = 0) -> Iterator[Row]:
     chance = random.Random(seed)
-    for op, layout, shape in (
-        ("batch_norm", "nchw", [2, 8, 4, 4]),
-        ("layer_norm", "rows", [8, 64]),
-        ("weight_norm", "rows", [8, 64]),
-        ("activation", "flat", [1024]),
-    ):
-        for variant in ("forward", "forward with gradient"):
-            for provider, speed in SPEED.items():
-                if op in PEERS.get(provider, (op,)) and provider != "inplace-abn":
-                    row = Row(op, variant, "host", shape, layout, "float32", provider)
-                    yield _timed(row, 0.006 / speed * chance.uniform(0.7, 1.3), 0.05)
+    for one in suites.problems(("host",), "cuda"):
+        for provider, speed in SPEED.items():
+            if one.op in PEERS.get(provider, (one.op,)) and provider != "inplace-abn":
+                shape = list(one.shape)
+                row = Row(one.op, one.variant, "host", shape, one.layout, one.dtype, provider)
+                yield _timed(row, 0.006 / speed * chance.uniform(0.7, 1.3), 0.05)
 
 
 def model_rows(seed: int = 0) -> Iterator[Row]:
@@ -152,7 +126,7 @@ def gpu_results(seed: int = 0) -> Results:
 
 
 def cpu_results() -> Results:
-    """What `run --suite quick` has on a CPU: few shapes, three providers."""
+    """Few shapes, three providers: what a CPU has time for."""
     rows = []
     for row in [*device_rows(1), *host_rows(1)]:
         if row.provider in ("torch", "torch.compile", "fastnorm") and (

@@ -14,6 +14,7 @@ Groups = Sequence[tuple[str, Mapping[str, tuple[float, str]]]]  # name, provider
 def _bars(panel: Any, groups: Groups, colours: Mapping[str, tuple[str, str]], room: float) -> None:
     """Groups of horizontal bars, from top to bottom, each with its number; `room` to the right of
     the longest bar is for that number."""
+    longest = max((value for _, values in groups for value, _ in values.values()), default=1)
     at, ticks = 0.0, []
     for _, values in groups:
         ticks.append(at + max(len(values) - 1, 0) / 2)
@@ -21,12 +22,13 @@ def _bars(panel: Any, groups: Groups, colours: Mapping[str, tuple[str, str]], ro
             if name in values:
                 value, text = values[name]
                 panel.barh(at, value, height=0.85, color=colours[name][0])
-                panel.text(value, at, f" {text}", va="center", fontsize=8.5)
+                paper = {"facecolor": "white", "lw": 0, "pad": 0.6}
+                x = value + 0.006 * longest
+                panel.text(x, at, text, va="center", fontsize=8.5, bbox=paper)
                 at += 1
         at += 0.8
     panel.set_yticks(ticks, [name for name, _ in groups], fontsize=9.5)
     panel.set_ylim(at - 0.8, -0.8)
-    longest = max((value for _, values in groups for value, _ in values.values()), default=1)
     panel.set_xlim(0, longest * (1 + room))
     panel.grid(axis="x", alpha=0.25)
     panel.set_axisbelow(True)

@@ -111,7 +111,8 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f"{self.kind}: {self.environment.device}"
+        device = self.environment.device
+        return device if device.startswith(self.kind) else f"{self.kind}: {device}"
 
     @property
     def versions(self) -> str:

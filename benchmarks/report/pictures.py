@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from benchmarks.report.bars import host_picture, models_picture
 from benchmarks.report.heat import heat_picture
@@ -12,7 +11,7 @@ from benchmarks.report.lines import DEVICE_MODES, Line, Run, grouped
 from benchmarks.report.points import floor_picture, overview_picture
 
 OVERVIEW = "overview.png"
-VARIANTS = 4  # in one picture: more would not leave room for the numbers
+VARIANTS = 6  # in one picture: more would not leave room for the numbers
 
 
 def _parts(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:
@@ -28,11 +27,22 @@ def _name(stem: str) -> str:
     return re.sub(r"[^a-z0-9_-]+", "-", stem.lower()) + ".png"
 
 
-def pictures(run: Run) -> Iterator[tuple[str, bytes]]:
-    """Name and PNG of every picture of a run: one device, never two."""
+def _chosen(run: Run) -> list[Line]:
+    """For the README: of each op the layout and dtype with most lines, where sizes differ."""
+    found = []
+    for lines in grouped(run.of(*DEVICE_MODES), "op").values():
+        most = max(grouped(lines, "layout", "dtype").values(), key=len)
+        if len({line.mebibytes for line in most}) > 2:
+            found += most
+    return found
+
+
+def pictures(run: Run, chosen: bool = False) -> Iterator[tuple[str, bytes]]:
+    """Name and PNG of every picture of a run, or of those `chosen` for the README: one device,
+    never two."""
     if any(line.best for line in run.lines):
         yield OVERVIEW, overview_picture(run)
-    device = run.of(*DEVICE_MODES)
+    device = _chosen(run) if chosen else run.of(*DEVICE_MODES)
     for (op, layout, dtype), lines in grouped(device, "op", "layout", "dtype").items():
         title, stem = f"{op}, {layout}, {dtype}", f"{op}-{layout}-{dtype}"
         for suffix, part in _parts(lines):
@@ -44,14 +54,5 @@ def pictures(run: Run) -> Iterator[tuple[str, bytes]]:
     if steps := run.of("step"):
         yield "models.png", models_picture(run, steps)
     for (op,), lines in grouped(run.of("host"), "op").items():
-        yield _name(f"host-{op}"), host_picture(run, lines, op)
-
-
-def write(run: Run, folder: Path) -> list[Path]:
-    """Write the pictures of a run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, png in pictures(run):
-        paths.append(folder / name)
-        paths[-1].write_bytes(png)
-    return paths
+        if not chosen:
+            yield _name(f"host-{op}"), host_picture(run, lines, op)

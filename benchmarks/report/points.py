@@ -19,6 +19,8 @@ from benchmarks.report.lines import (
 )
 from benchmarks.report.style import SCALE, colour_of, new_figure, step, title, to_png
 
+TICKS = (0.1, 0.25, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+
 
 def _middle(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """The median of the points of each factor of two of size."""
@@ -106,14 +108,13 @@ def _strip(panel: Any, groups: Sequence[Sequence[Line]], which: str) -> None:
             )
     panel.axvline(1, color="black", lw=1, ls=":")
     panel.set_xscale("log", base=2)
-    reach = max((max(value, 1 / value) for values in ratios for value in values), default=2)
-    reach = max(reach, 1.5) ** 1.08
-    panel.set_xlim(1 / reach, reach)
+    every = [1.0] + [value for values in ratios for value in values]
+    panel.set_xlim(min(0.75, min(every)) / 1.05, 1.05 * max(1.33, max(every)))
 
 
 def overview_picture(run: Run) -> bytes:
     """The speed of every line, op by op: what the README shows."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     groups = {
         key: lines
@@ -126,12 +127,10 @@ def overview_picture(run: Run) -> bytes:
         _strip(panel, list(groups.values()), which)
         panel.set_title(name, fontsize=11)
         low, high = panel.get_xlim()
-        powers = range(math.ceil(math.log2(low) * 2), math.floor(math.log2(high) * 2) + 1)
-        every = 1 if len(powers) < 10 else 2 if len(powers) < 20 else 4
-        ticks = [2 ** (power / 2) for power in powers if power % every == 0]
-        panel.xaxis.set_major_locator(FixedLocator(ticks))
+        inside = [tick for tick in TICKS if low <= tick <= high]
+        panel.xaxis.set_major_locator(FixedLocator(inside))
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}"))
-        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(axis="x", alpha=0.25)
         panel.set_xlabel("their median time over ours (above 1 fastnorm is faster)")
         panel.set_yticks(range(len(groups)), [", ".join(key) for key in groups], fontsize=9.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from benchmarks.report.lines import Run
@@ -20,6 +21,7 @@ COLOURS = {
     "flag_gems": ("#cc79a7", "*"),
     "inplace-abn": ("#a6761d", "h"),
 }
+SPARE = (("#f0e442", "<"), ("#7570b3", ">"), ("#66a61e", "d"), ("#e7298a", "p"))
 # our time against theirs, in steps that are as wide and as strong on both sides of 1
 STEPS = (1 / 2, 1 / 1.5, 1 / 1.25, 1 / 1.1, 1 / 1.02, 1.02, 1.1, 1.25, 1.5, 2.0)
 SCALE = (  # from slower than half to faster than twice
@@ -41,7 +43,7 @@ def ink(index: int) -> str:
 
 def colour_of(providers: Sequence[str]) -> dict[str, tuple[str, str]]:
     """A colour and a marker for each, the same in every picture of a run."""
-    spare = iter([("#f0e442", "<"), ("#7570b3", ">"), ("#66a61e", "d"), ("#e7298a", "p")] * 9)
+    spare = cycle(SPARE)
     return {name: COLOURS.get(name) or next(spare) for name in providers}
 
 
@@ -69,12 +71,18 @@ def legend(figure: Any, names: Sequence[str], colours: Mapping[str, tuple[str, s
 
 
 def to_png(figure: Any) -> bytes:
-    """The figure in at most 256 colours, which is a third of the bytes."""
+    """The figure in 256 colours, which is a third of the bytes; those of the scale and of the
+    providers are among them, however few points have them."""
     from PIL import Image
 
     raw = io.BytesIO()
     figure.savefig(raw, format="png")
-    small = io.BytesIO()
     image = Image.open(raw).convert("RGB")
-    image.quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    named = ["#ffffff", "#000000", *SCALE, *(colour for colour, _ in (*COLOURS.values(), *SPARE))]
+    exact = [int(colour[i : i + 2], 16) for colour in named for i in (1, 3, 5)]
+    found = image.quantize(256 - len(named), dither=Image.Dither.NONE).getpalette() or []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(exact + found[: 768 - len(exact)])
+    small = io.BytesIO()
+    image.quantize(palette=palette, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue()

@@ -1,0 +1,95 @@
+"""The README's section on performance, from the newest results file of each device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.report.lines import Run, runs
+from benchmarks.report.pictures import OVERVIEW
+from benchmarks.report.tables import (
+    SUMMARY,
+    SUMMARY_LEGEND,
+    markdown_table,
+    summary_rows,
+    table,
+)
+from benchmarks.schema import Results, ResultsError, load
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+RESULTS = Path("benchmarks", "results")
+NO_GPU = (
+    "**No GPU has been measured yet**: there is no results file of one in `benchmarks/results/`."
+)
+
+
+def newest(root: Path) -> dict[str, tuple[Path, Results]]:
+    """The newest results file of each device, GPUs first."""
+    found: dict[str, tuple[Path, Results]] = {}
+    for path in sorted((root / RESULTS).glob("*/*.json")):
+        results = load(path)
+        e = results.environment
+        if path.parent.name != e.slug:
+            raise ResultsError(f"{path} is of {e.device!r}: its folder is {RESULTS / e.slug}")
+        other = found.get(e.slug)
+        if other is None or other[1].environment.timestamp < e.timestamp:
+            found[e.slug] = (path, results)
+    return dict(sorted(found.items(), key=lambda item: (item[1][1].environment.on_cpu, item[0])))
+
+
+def _device(run: Run, path: Path, root: Path) -> list[str]:
+    """Heading, summary, models, pictures and caption of one device."""
+    told = [f"### {run.title}", ""]
+    if run.environment.on_cpu:
+        told += ["On a CPU fastnorm is torch's own functions: this shows that nothing is lost.", ""]
+    models = run.of("step")
+    others = [line for line in run.lines if line.mode != "step"]
+    if others:
+        told += [*markdown_table(SUMMARY, summary_rows(others), 3), "", SUMMARY_LEGEND, ""]
+    if models:
+        one = table("models", models, run.providers)
+        rows = ([cell.text for cell in row] for row in one.rows)
+        told += [f"Models: {one.unit}.", "", *markdown_table(one.header, rows, 4), ""]
+    folder = path.parent
+    there = [picture.name for picture in sorted(folder.glob("*.png"))]
+    link = folder.relative_to(root).as_posix()
+    if OVERVIEW in there:
+        told += [f"![Speed of fastnorm, {run.title}]({link}/{OVERVIEW})", ""]
+    more = [f"[{name.removesuffix('.png')}]({link}/{name})" for name in there if name != OVERVIEW]
+    if more:
+        told += ["Pictures: " + ", ".join(more) + ".", ""]
+    told += [
+        f"{run.title}; {run.versions}; {run.copy}. Every row: [{path.name}]({link}/{path.name}).",
+        "",
+    ]
+    return told
+
+
+def readme_table(root: Path) -> str:
+    """What stands between the markers of the README of this checkout."""
+    found = newest(root)
+    told = [""]
+    if all(results.environment.on_cpu for _, results in found.values()):
+        told += [NO_GPU, ""]
+    for path, results in found.values():
+        for run in runs([results]):
+            told += _device(run, path, root)
+    return "\n".join(told)
+
+
+def between_markers(text: str) -> tuple[str, str, str]:
+    """The README before, between and after its markers; ResultsError where they are not."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ResultsError(f"README.md must have {BEGIN} and, after it, {END}, each once")
+    before, rest = text.split(BEGIN)
+    inside, after = rest.split(END)
+    return before, inside.removeprefix("\n"), after
+
+
+def rewrite(root: Path) -> bool:
+    """Write the table into the README; whether that changed it."""
+    readme = root / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    before, _, after = between_markers(old)
+    new = f"{before}{BEGIN}\n{readme_table(root)}{END}{after}"
+    readme.write_text(new, encoding="utf-8")
+    return new != old
