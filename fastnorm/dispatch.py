@@ -6,8 +6,9 @@ import contextlib
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +17,32 @@ from torch.autograd import forward_ad
 CHOICES = ("auto", "reference", "triton", "cuda")
 POLICIES = ("opaque", "decompose")
 
-# Below this many elements a CUDA tensor is served by torch's own function under "auto": launching a
-# Triton kernel costs 10-40 us of host time, and a copy of 2^18 elements takes about one.
-# Provisional until measured on a GPU.
-NATIVE_BELOW = {
-    "activation": 1 << 18,
-    "batch_norm": 1 << 18,
-    "layer_norm": 1 << 18,
-    "weight_norm": 1 << 18,
+
+class Rule(NamedTuple):
+    """Who serves a CUDA tensor under "auto": the first of ``backends`` that this machine has, for
+    tensors of at least ``from_elements[backend]`` elements; torch's own function for smaller ones.
+    """
+
+    backends: tuple[str, ...]
+    from_elements: dict[str, int]
+
+
+# Where a call of ours begins to cost less than torch's own. A Triton launch takes 10-40 us of host
+# time, about as long as a copy of 2^18 elements and its launch; an extension's call takes about
+# one, so that what remains is the autograd Function: 2^16.
+_BY_HOST_TIME = {"cuda": 1 << 16, "triton": 1 << 18}
+
+# One rule per family, provisional until measured on a GPU: a table of measured thresholds replaces
+# it. CUDA comes first everywhere, for a reason of each family's own.
+RULES = {
+    # the same bytes by the same kernel: the cheaper launch decides
+    "activation": Rule(("cuda", "triton"), _BY_HOST_TIME),
+    # holds tiles in shared memory between the passes; reads misaligned planes 16 bytes at a time
+    "batch_norm": Rule(("cuda", "triton"), _BY_HOST_TIME),
+    # dweight and dbias are finished inside the launch; rows of any alignment 16 bytes at a time
+    "layer_norm": Rule(("cuda", "triton"), _BY_HOST_TIME),
+    # all layers of a model in one launch
+    "weight_norm": Rule(("cuda", "triton"), _BY_HOST_TIME),
 }
 
 
@@ -159,12 +178,18 @@ def _extension() -> Any:
 
 
 @functools.cache
-def emulating() -> bool:
-    """Whether the CUDA backend is the tests' build for the CPU, which serves CPU tensors."""
+def _has_extension() -> bool:
     try:
-        return bool(getattr(_extension(), "emulated", False))
+        _extension()
     except ImportError:
         return False
+    return True
+
+
+@functools.cache
+def emulating() -> bool:
+    """Whether the CUDA backend is the tests' build for the CPU, which serves CPU tensors."""
+    return _has_extension() and bool(getattr(_extension(), "emulated", False))
 
 
 @functools.cache
@@ -205,6 +230,28 @@ def _refusal(name: str, x: Tensor) -> str | None:
     return missing
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _preferred(family: str) -> str | None:
+    """The backend of ours that serves CUDA tensors under "auto"; None where this machine has
+    none."""
+    if torch.version.hip is not None:
+        return None
+    missing = backends()
+    found = next((name for name in RULES[family].backends if missing[name] is None), None)
+    if found != "cuda" and _has_extension():
+        _say_once(
+            f"fastnorm's CUDA backend cannot be used, {found or 'torch'} serves instead: "
+            f"{missing['cuda']}"
+        )
+    return found
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
 def transformed() -> bool:
     """Whether a call has to be made of torch's functions alone: torch.func, forward-mode AD and
     torch.jit.trace do not see through ours, and what torch.export writes has to run without us."""
@@ -220,22 +267,19 @@ def transformed() -> bool:
 def native(family: str, x: Tensor) -> bool:
     """Whether torch's own function serves this call, decided before any Function or op of ours is
     entered."""
-    if _forced == "auto" and not (
-        x.is_cuda and torch.version.hip is None and _triton_missing() is None
-    ):
-        return True
-    if transformed():
+    if _forced != "auto":
+        return transformed()
+    backend = _preferred(family) if x.is_cuda else None
+    if backend is None or transformed():
         return True
     # under torch.compile a size would become a guard: one compiled graph serves every batch size
-    return (
-        _forced == "auto" and not torch.compiler.is_compiling() and x.numel() < NATIVE_BELOW[family]
-    )
+    return not torch.compiler.is_compiling() and x.numel() < RULES[family].from_elements[backend]
 
 
-def select(x: Tensor) -> str:
+def select(family: str, x: Tensor) -> str:
     """The backend that serves x inside an op; raises RuntimeError when the forced one cannot."""
     if _forced == "auto":
-        return "triton" if x.is_cuda and _triton_missing() is None else "reference"
+        return (_preferred(family) if x.is_cuda else None) or "reference"
     refusal = _refusal(_forced, x)
     if refusal is not None:
         raise RuntimeError(f"backend {_forced!r} was forced but cannot serve this call: {refusal}")

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import timeit
+import warnings
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -73,14 +75,64 @@ def test_triton_without_a_gpu_or_interpreter_is_refused() -> None:
     assert "TRITON_INTERPRET=1" in said or "pip install triton" in said
 
 
-def test_cuda_is_refused_with_the_reason() -> None:
-    with (
-        fastnorm.backend("cuda"),
-        pytest.raises(
-            RuntimeError, match=r"backend 'cuda' was forced but cannot .*(fastnorm\._cuda|on cpu)"
-        ),
-    ):
-        functional.silu(X)
+def test_cuda_without_the_extension_or_a_gpu_is_refused() -> None:
+    code = (
+        "import torch, fastnorm; fastnorm.set_backend('cuda'); "
+        "fastnorm.functional.silu(torch.zeros(4))"
+    )
+    said = python(code).stderr
+    assert "RuntimeError: backend 'cuda' was forced but cannot serve this call" in said
+    assert any(
+        reason in said
+        for reason in ("FASTNORM_BUILD_CUDA=1", "no NVIDIA driver", "no device", "is on cpu")
+    )
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """A machine that lacks some backends, for the reasons given."""
+
+    def lacking(**missing: str) -> None:
+        dispatch._preferred.cache_clear()
+        found = {name: missing.get(name) for name in ("reference", "triton", "cuda")}
+        monkeypatch.setattr(dispatch, "backends", lambda: found)
+
+    yield lacking
+    dispatch._preferred.cache_clear()
+
+
+@pytest.mark.parametrize("family", dispatch.RULES)
+def test_the_rule_of_a_family(family: str, machine: Callable[..., None]) -> None:
+    rule = dispatch.RULES[family]
+    assert set(rule.backends) == set(rule.from_elements) == {"cuda", "triton"}
+    machine()
+    assert dispatch._preferred(family) == "cuda"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        machine(cuda="no extension")
+        assert dispatch._preferred(family) == "triton"
+        machine(cuda="no extension", triton="no triton")
+        assert dispatch._preferred(family) is None
+
+
+def test_an_extension_that_cannot_be_used_is_said_once(
+    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_has_extension", lambda: True)
+    machine(cuda="the driver of this test is too old")
+    with pytest.warns(UserWarning, match="triton serves instead: the driver of this test") as said:
+        assert {dispatch._preferred(family) for family in dispatch.RULES} == {"triton"}
+    assert len(said) == 1
+
+
+def test_the_choice_is_a_constant_to_torch_compile(machine: Callable[..., None]) -> None:
+    machine()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if dispatch._preferred("activation") == "cuda" else x - 1
+
+    assert chosen(torch.zeros(1)).item() == 1
 
 
 def test_auto_on_a_cpu_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) 
 
     def run(*inputs: Any) -> Any:
         x = inputs[0]
-        backend = dispatch.select(x)
+        backend = dispatch.select(family, x)
         implementation = _implementation(family, backend, name)
         if backend == "reference":
             return implementation(*inputs)
