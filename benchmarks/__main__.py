@@ -1,0 +1,73 @@
+"""``python -m benchmarks run`` measures, ``report`` shows it, ``compare`` tells two runs apart,
+``tune`` times the candidates of one op against each other."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import command, report, suites
+from benchmarks.ops import OPS
+from benchmarks.problems import DTYPES
+from benchmarks.providers import PROVIDERS
+
+
+def several(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """A type for argparse: names with commas between them, each one of the choices."""
+
+    def parse(given: str) -> list[str]:
+        names = [name.strip() for name in given.split(",") if name.strip()]
+        unknown = [name for name in names if name not in choices]
+        if unknown or not names:
+            raise argparse.ArgumentTypeError(
+                f"unknown {', '.join(map(repr, unknown)) or repr(given)}: choose from "
+                f"{', '.join(choices)} (several with commas between them)"
+            )
+        return names
+
+    return parse
+
+
+def seconds(given: str) -> float:
+    """A type for argparse: a positive number of seconds."""
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{given!r} is not a positive number of seconds")
+    return value
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = commands.add_parser("run", help="measure a suite into a results file")
+    run.add_argument("--suite", type=several(suites.NAMES), default=["quick"], metavar="NAMES",
+                     help=f"{', '.join(suites.NAMES)}; default quick")  # fmt: skip
+    run.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    run.add_argument("--op", type=several((*OPS, "model")), metavar="NAMES",
+                     help=f"only these: {', '.join((*OPS, 'model'))}")  # fmt: skip
+    run.add_argument("--dtype", type=several(tuple(DTYPES)), metavar="NAMES",
+                     help=f"only these: {', '.join(DTYPES)}")  # fmt: skip
+    run.add_argument("--providers", type=several(tuple(PROVIDERS)), default=list(PROVIDERS),
+                     metavar="NAMES", help=f"only these: {', '.join(PROVIDERS)}")  # fmt: skip
+    run.add_argument("--budget", type=seconds, metavar="SECONDS",
+                     help=f"{command.GPU_BUDGET:.0f} by default, {command.CPU_BUDGET:.0f} on a CPU")  # fmt: skip
+    run.add_argument("--out", type=Path, default=Path("results.json"), help="default results.json")
+    run.add_argument("--note", default="", help="kept in the file: what else the machine was doing")
+    run.add_argument("--plot", action="store_true", help="then write the report beside the file")
+    run.set_defaults(run=command.run)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_run(commands)
+    report.register(commands)
+    chosen = parser.parse_args(arguments)
+    return int(chosen.run(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""`python -m benchmarks run`: from what was asked for to a results file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import report, runner, schema, suites
+from benchmarks.jobs import Job, plan
+from benchmarks.models import MODELS
+
+GPU_BUDGET, CPU_BUDGET = 480.0, 45.0
+INTERRUPTED = 130  # the exit status that a shell gives to Ctrl-C
+
+
+class Refused(ValueError):
+    """Something was asked for that is not there."""
+
+
+def jobs_of(chosen: argparse.Namespace, device: str) -> list[Job]:
+    """The jobs of these suites after every filter; Refused, with the choices, if none is left."""
+    problems = suites.problems(chosen.suite, device)
+    models = list(MODELS.values()) if suites.MODELS in chosen.suite else []
+    kept = [
+        p
+        for p in problems
+        if (not chosen.op or p.op in chosen.op) and (not chosen.dtype or p.dtype in chosen.dtype)
+    ]
+    if chosen.op and "model" not in chosen.op:
+        models = []
+    jobs = plan(kept, models, chosen.providers, device)
+    if not jobs:
+        there = sorted({(p.op, p.dtype) for p in problems})
+        raise Refused(
+            f"suite {', '.join(chosen.suite)} has nothing of that kind on {device}; it has "
+            + (", ".join(f"{op} in {dtype}" for op, dtype in there) or "only models")
+        )
+    return jobs
+
+
+def _device(asked: str | None) -> str:
+    available = torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise Refused("--device cuda: torch sees no CUDA device here; --device cpu runs on the CPU")
+    return asked or ("cuda" if available else "cpu")
+
+
+def _told(out: Path, left_out: list[Job], budget: float) -> None:
+    """Where the results are, what is not among them, and what to do next."""
+    if left_out:
+        names = sorted({job.provider_name for job in left_out})
+        print(
+            f"{budget:.0f} s were spent: {len(left_out)} jobs of {', '.join(names)} were not run "
+            f"(the first: {left_out[0]}); --budget gives more time"
+        )
+    rows = schema.load(out).rows
+    failed = [row for row in rows if not row.ok]
+    print(f"{out}: {len(rows) - len(failed)} rows measured, {len(failed)} that say why not")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Measure; the exit status."""
+    try:
+        device = _device(chosen.device)
+        jobs = jobs_of(chosen, device)
+        if chosen.out.exists():
+            raise Refused(f"{chosen.out} exists: a measurement is never overwritten; name another")
+    except Refused as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return 2
+    budget = chosen.budget or (CPU_BUDGET if device == "cpu" else GPU_BUDGET)
+    if device == "cpu":
+        print("on the CPU: fastnorm is torch's own functions here, and its kernels do not run")
+    try:
+        left_out = runner.run(jobs, device, budget, chosen.out, chosen.note)
+    except KeyboardInterrupt:
+        print(f"interrupted: what was measured is in {chosen.out}", file=sys.stderr)
+        return INTERRUPTED
+    _told(chosen.out, left_out, budget)
+    if chosen.plot:
+        return report.report_files([chosen.out], None, None)
+    print(f"next: python -m benchmarks report {chosen.out}")
+    return 0

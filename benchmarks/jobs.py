@@ -1,0 +1,127 @@
+"""A run as a list of jobs, the important ones first: one problem or model and one provider each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from benchmarks import models
+from benchmarks.measure import Bench, blank
+from benchmarks.models import Model
+from benchmarks.problems import Problem
+from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.schema import Row
+
+FAST_S, SLOW_S = 60.0, 150.0  # a job that takes longer hangs, and is ended
+
+
+class Job(Protocol):
+    """What the worker runs. `family` and `provider_name`: where one of them lacks its provider, the
+    others of the family do too."""
+
+    @property
+    def provider_name(self) -> str: ...
+    @property
+    def family(self) -> str: ...
+    @property
+    def rank(self) -> float: ...
+    @property
+    def limit_s(self) -> float: ...
+    def missing(self, device: str) -> str | None: ...
+    def rows(self, bench: Bench) -> Iterator[Row]: ...
+    def failed(self, note: str) -> Row: ...
+
+
+@dataclass(frozen=True)
+class OpJob:
+    """A problem on a provider: the name of one of ours, or one that a test made."""
+
+    problem: Problem
+    given: str | Provider
+
+    @property
+    def provider(self) -> Provider:
+        return PROVIDERS[self.given] if isinstance(self.given, str) else self.given
+
+    @property
+    def provider_name(self) -> str:
+        return self.provider.name
+
+    @property
+    def family(self) -> str:
+        return self.problem.op
+
+    @property
+    def rank(self) -> float:
+        # compiling costs as much as ten problems: right after the others where it matters most,
+        # well after them elsewhere
+        if not self.provider.slow:
+            return self.problem.importance
+        return self.problem.importance + (0.5 if self.problem.importance == 0 else 1.5)
+
+    @property
+    def limit_s(self) -> float:
+        return SLOW_S if self.provider.slow else FAST_S
+
+    def missing(self, device: str) -> str | None:
+        return self.provider.missing(device)
+
+    def rows(self, bench: Bench) -> Iterator[Row]:
+        return bench.rows(self.problem, self.provider)
+
+    def failed(self, note: str) -> Row:
+        return blank(self.problem, self.problem.modes[0], self.provider_name, note, ok=False)
+
+    def __str__(self) -> str:
+        return f"{self.problem} {self.provider_name}"
+
+
+@dataclass(frozen=True)
+class ModelJob:
+    """A training step of a model, as torch has it or after our surgery."""
+
+    model: Model
+    provider_name: str
+    device: str
+
+    family = "model"
+    limit_s = SLOW_S
+
+    @property
+    def rank(self) -> float:
+        return self.model.importance + (5.0 if self.provider_name == "torch.compile" else 0.0)
+
+    def missing(self, device: str) -> str | None:
+        return None
+
+    def rows(self, bench: Bench) -> Iterator[Row]:
+        bench.forget()
+        return models.rows(self.model, self.provider_name, self.device)
+
+    def failed(self, note: str) -> Row:
+        return models.blank(self.model, self.provider_name, self.device, note, ok=False)
+
+    def __str__(self) -> str:
+        return f"model {self.model.name} {self.provider_name}"
+
+
+def plan(
+    problems: Iterable[Problem], chosen: Iterable[Model], providers: Iterable[str], device: str
+) -> list[Job]:
+    """Every job of these problems and models, in the order in which to run them."""
+    names = list(providers)
+    jobs: list[Job] = [
+        OpJob(problem, name)
+        for problem in problems
+        for name in names
+        if any(PROVIDERS[name].serves(problem, mode) for mode in problem.modes)
+    ]
+    jobs += [
+        ModelJob(model, name, device)
+        for model in chosen
+        for name in models.PROVIDERS
+        # the steps of our surgery are one provider of the command line
+        if (name if name in names else name.removesuffix("-replaced")) in names
+    ]
+    return sorted(jobs, key=lambda job: job.rank)

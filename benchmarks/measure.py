@@ -1,0 +1,155 @@
+"""One problem, one provider: checked against fp64, then timed, as rows."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks import correctness, timing
+from benchmarks.correctness import Oracle
+from benchmarks.floors import floor_bytes
+from benchmarks.ops import OPS, Tensors
+from benchmarks.problems import Problem
+from benchmarks.providers import PROVIDERS, Call, Provider
+from benchmarks.schema import Row
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line of a table."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}"[:200] if text else type(error).__name__
+
+
+def blank(problem: Problem, mode: str, provider: str, note: str = "", ok: bool = True) -> Row:
+    """A row with nothing measured yet."""
+    return Row(
+        op=problem.op, variant=problem.variant, mode=mode, shape=list(problem.shape),
+        layout=problem.layout, dtype=problem.dtype, provider=provider, ok=ok, note=note,
+    )  # fmt: skip
+
+
+@dataclass
+class Stage:
+    """The tensors of a problem, what torch makes of them, and the exact results."""
+
+    problem: Problem
+    device: str
+    tensors: Tensors = field(init=False)
+    oracle: Oracle = field(init=False)
+    torch_errors: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tensors = OPS[self.problem.op].tensors(self.problem, self.device)
+        torchs = PROVIDERS["torch"].bind(self.problem, self.fresh())
+        result = torchs.forward()
+        dys = correctness.gradients_like(correctness.outputs_of(torchs.outputs(result)))
+        with_gradients = self.problem.modes != ("forward",)
+        self.oracle = Oracle(self.problem, self.tensors, dys, with_gradients)
+        del result
+        self.torch_errors = correctness.errors(self.results(torchs, self.fresh()), self.oracle)
+
+    def fresh(self) -> Tensors:
+        """The same tensors with running statistics of their own, which every call moves."""
+        return {n: t if t.requires_grad else t.clone() for n, t in self.tensors.items()}
+
+    def results(self, call: Call, tensors: Tensors) -> dict[str, torch.Tensor]:
+        result = call.forward()
+        found = correctness.outputs_of(call.outputs(result))
+        if self.oracle.with_gradients and call.backward is not None:
+            gradients = call.backward(result, self.oracle.dys)
+            found |= {
+                name: g.detach()
+                for name, g in zip(call.names, gradients, strict=True)
+                if g is not None
+            }
+        return found
+
+    def check(self, call: Call) -> tuple[float, float, str]:
+        """(error, torch's error, what is wrong): the largest over outputs and gradients."""
+        results = self.results(call, self.tensors)
+        found = correctness.errors(results, self.oracle)
+        complaint = correctness.wrong(found, self.torch_errors, results)
+        worst = max(found, key=lambda name: found[name])
+        return found[worst], self.torch_errors.get(worst, 0.0), complaint
+
+    def owned(self, mode: str) -> int:
+        """Bytes of the tensors that a call of this mode is given."""
+        given = [*self.tensors.values(), *(self.oracle.dys if mode != "forward" else ())]
+        return sum(t.numel() * t.element_size() for t in given)
+
+
+class Bench:
+    """What a worker keeps between jobs: the last problem's tensors, and the copies it has timed."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.copies = timing.Copies(device)
+        self._stage: Stage | None = None
+
+    def stage(self, problem: Problem) -> Stage:
+        if self._stage is None or self._stage.problem != problem:
+            self.forget()
+            self._stage = Stage(problem, self.device)
+        return self._stage
+
+    def forget(self) -> None:
+        """Give the memory of the last problem back."""
+        self._stage = None
+        gc.collect()
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+    def rows(self, problem: Problem, provider: Provider) -> Iterator[Row]:
+        """The rows of a provider on a problem; one that says why where something fails."""
+        modes = [mode for mode in problem.modes if provider.serves(problem, mode)]
+        if not modes:
+            return
+        done = 0
+        try:
+            stage = self.stage(problem)
+            with provider.active():
+                call = provider.bind(problem, stage.fresh())
+                error, torch_error, complaint = stage.check(call)
+                if complaint:
+                    row = blank(problem, modes[0], provider.name, complaint, ok=False)
+                    row.error, row.torch_error = error, torch_error
+                    yield row
+                    return
+                for mode in modes:
+                    row = self._timed(stage, call, mode, provider.name)
+                    row.error, row.torch_error = error, torch_error
+                    yield row
+                    done += 1
+        except Exception as error:
+            self.forget()
+            note = first_line(error)
+            yield blank(problem, modes[min(done, len(modes) - 1)], provider.name, note, ok=False)
+            if "CUDA error" in str(error) or "illegal memory access" in str(error):
+                raise  # the context is gone with it: this process can measure nothing more
+
+    def _timed(self, stage: Stage, call: Call, mode: str, provider: str) -> Row:
+        row = blank(stage.problem, mode, provider, call.note)
+        if mode == "host":
+            found = timing.host_time(call.forward, self.device)
+        else:
+            run = self._run(stage, call, mode)
+            row.peak_memory_mib = timing.peak_memory_mib(run, stage.owned(mode), self.device)
+            found = timing.device_time(run, self.device)
+        row.ms_median, row.ms_p20, row.ms_p80 = found
+        row.floor_bytes = floor_bytes(stage.problem, mode)
+        if row.floor_bytes is not None:
+            row.floor_fraction = self.copies.milliseconds(row.floor_bytes) / found.median
+        return row
+
+    def _run(self, stage: Stage, call: Call, mode: str):  # type: ignore[no-untyped-def]
+        if mode == "forward":
+            return call.forward
+        backward, dys = call.backward, stage.oracle.dys
+        assert backward is not None, "served modes only"
+        if mode == "forward+backward":
+            return lambda: backward(call.forward(), dys)
+        result = call.forward()
+        return lambda: backward(result, dys)

@@ -1,0 +1,296 @@
+"""Training steps of whole models, before and after our surgery: throughput and peak memory.
+
+torchvision's, timm's or transformers' model where one of them is installed, with random weights;
+else a small one of our own. The row says which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastnorm
+from benchmarks import timing
+from benchmarks.correctness import SAME
+from benchmarks.measure import first_line
+from benchmarks.schema import Row
+from fastnorm.demo import own_resnet
+
+PROVIDERS = ("torch", "fastnorm-replaced", "fastnorm", "torch.compile")
+STEPS, WARMUP = 20, 5
+CHECKED = 2  # samples of the batch on which a model is checked in fp64
+ROUNDING = 1e-4  # of the gradients of a whole model in fp32
+CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and what it is trained on; `sources` names its builders, the best first."""
+
+    name: str
+    sources: tuple[tuple[str, Callable[[], nn.Module]], ...]
+    shape: tuple[int, ...]  # on a GPU
+    cpu_shape: tuple[int, ...]
+    layout: str = "nhwc"  # of images: channels_last is how people train them
+    dtype: str = "bfloat16"  # of autocast; on a CPU everything is fp32
+    tokens: bool = False
+    importance: float = 1.8
+
+    def build(self) -> tuple[str, nn.Module]:
+        """(where it is from, the model): the first source that is installed."""
+        for source, make in self.sources:
+            # a torchvision built for another torch fails with RuntimeError when it is imported
+            with contextlib.suppress(ImportError, AttributeError, RuntimeError):
+                return source, make()
+        raise ImportError(f"none of {', '.join(name for name, _ in self.sources)} is installed")
+
+
+def _of(package: str, name: str, *arguments: Any, **options: Any) -> Callable[[], Any]:
+    """Import a package when the model is wanted, and call one of its functions."""
+    return lambda: getattr(importlib.import_module(package), name)(*arguments, **options)
+
+
+def _transformers(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        transformers = importlib.import_module("transformers")
+        made: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**options))
+        return made
+
+    return make
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        weight_norm = torch.nn.utils.parametrizations.weight_norm
+        self.dilated = nn.ModuleList(
+            weight_norm(nn.Conv1d(channels, channels, kernel, dilation=d, padding="same"))
+            for d in (1, 3, 5)
+        )
+        self.plain = nn.ModuleList(
+            weight_norm(nn.Conv1d(channels, channels, kernel, padding="same")) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, second in zip(self.dilated, self.plain, strict=True):
+            x = x + second(F.leaky_relu(first(F.leaky_relu(x, 0.1)), 0.1))
+        return x
+
+
+class Vocoder(nn.Module):
+    """A generator in the style of HiFi-GAN V1: 78 weight-normed layers, 80 mel bands to a wave."""
+
+    def __init__(self, channels: int = 512) -> None:
+        super().__init__()
+        weight_norm = torch.nn.utils.parametrizations.weight_norm
+        self.first = weight_norm(nn.Conv1d(80, channels, 7, padding=3))
+        self.up = nn.ModuleList()
+        self.mix = nn.ModuleList()
+        for stride in (8, 8, 2, 2):
+            self.up.append(
+                weight_norm(
+                    nn.ConvTranspose1d(
+                        channels, channels // 2, 2 * stride, stride, padding=stride // 2
+                    )
+                )
+            )
+            channels //= 2
+            self.mix.append(nn.ModuleList(_Residual(channels, kernel) for kernel in (3, 7, 11)))
+        self.last = weight_norm(nn.Conv1d(channels, 1, 7, padding=3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for up, mix in zip(self.up, self.mix, strict=True):
+            x = up(F.leaky_relu(x, 0.1))
+            x = torch.stack([block(x) for block in mix]).mean(0)
+        return torch.tanh(self.last(F.leaky_relu(x)))
+
+
+_IMAGE, _SMALL = (128, 3, 224, 224), (4, 3, 64, 64)
+_VIT = {"num_labels": CLASSES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+MODELS: dict[str, Model] = {
+    model.name: model
+    for model in (
+        Model(
+            "resnet50",
+            (
+                ("torchvision", _of("torchvision.models", "resnet50")),
+                ("timm", _of("timm", "create_model", "resnet50")),
+                ("transformers", _transformers("ResNetForImageClassification", "ResNetConfig")),
+                ("our own ResNet of ten layers", own_resnet),
+            ),
+            _IMAGE, _SMALL, importance=0.8,
+        ),
+        Model(
+            "efficientnet_b0",
+            (
+                ("torchvision", _of("torchvision.models", "efficientnet_b0")),
+                ("timm", _of("timm", "create_model", "efficientnet_b0")),
+                (
+                    "transformers",
+                    _transformers(
+                        "EfficientNetForImageClassification", "EfficientNetConfig",
+                        image_size=224, width_coefficient=1.0, depth_coefficient=1.0,
+                        hidden_dim=1280,
+                    ),
+                ),
+            ),
+            _IMAGE, _SMALL, importance=0.8,
+        ),
+        Model(
+            "convnext_tiny",
+            (
+                ("torchvision", _of("torchvision.models", "convnext_tiny")),
+                ("timm", _of("timm", "create_model", "convnext_tiny")),
+                ("transformers", _transformers("ConvNextForImageClassification", "ConvNextConfig")),
+            ),
+            (64, 3, 224, 224), _SMALL,
+        ),
+        Model(
+            "vit_b_16",
+            (
+                ("torchvision", _of("torchvision.models", "vit_b_16")),
+                ("timm", _of("timm", "create_model", "vit_base_patch16_224")),
+                ("transformers", _transformers("ViTForImageClassification", "ViTConfig", **_VIT)),
+            ),
+            (64, 3, 224, 224), (1, 3, 224, 224), layout="nchw",
+        ),
+        Model(
+            "bert_base",
+            (("transformers", _transformers("BertModel", "BertConfig")),),
+            (32, 128), (1, 32), layout="rows", tokens=True,
+        ),
+        Model(
+            "hifigan_v1",
+            (("our own generator in the style of HiFi-GAN V1", Vocoder),),
+            (16, 80, 32), (1, 80, 4), layout="nchw", dtype="float32", importance=0.9,
+        ),
+    )
+}  # fmt: skip
+
+
+def _shape(model: Model, device: str) -> tuple[int, ...]:
+    return model.cpu_shape if device == "cpu" else model.shape
+
+
+def blank(model: Model, provider: str, device: str, note: str = "", ok: bool = True) -> Row:
+    """A row of a model with nothing measured yet."""
+    return Row(
+        op="model", variant=model.name, mode="step", shape=list(_shape(model, device)),
+        layout=model.layout, dtype="float32" if device == "cpu" else model.dtype,
+        provider=provider, ok=ok, note=note,
+    )  # fmt: skip
+
+
+def _inputs(model: Model, device: str, samples: int | None = None) -> Tensor:
+    shape = _shape(model, device)
+    shape = (samples or shape[0], *shape[1:])
+    if model.tokens:
+        return torch.randint(0, 30000, shape, device=device)
+    x = torch.randn(shape, device=device)
+    return x.to(memory_format=torch.channels_last) if model.layout == "nhwc" else x
+
+
+def _surgery(module: nn.Module, provider: str) -> str:
+    """Do to a model what the provider does; what it did, in a word."""
+    if provider == "torch":
+        return ""
+    if provider == "torch.compile":
+        module.compile()
+        return ""
+    done = f"replace_ changed {fastnorm.replace_(module).changed}"
+    if provider == "fastnorm":
+        done += f", fuse_ {fastnorm.fuse_(module).changed}"
+    return done
+
+
+def _loss(module: nn.Module, x: Tensor) -> Tensor:
+    y = module(x)
+    for name in ("logits", "last_hidden_state"):
+        y = getattr(y, name, y)
+    loss: Tensor = (y if y.dtype == torch.float64 else y.float()).square().mean()
+    return loss
+
+
+def _without_chance(module: nn.Module) -> nn.Module:
+    """The same model without dropout of any kind, whose numbers differ between dtypes."""
+    for part in module.modules():
+        for name in ("p", "drop_prob", "dropout"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+    return module
+
+
+def _gradients(module: nn.Module, x: Tensor) -> Tensor:
+    """The loss and every gradient of a model as one vector in fp64."""
+    module.zero_grad(set_to_none=True)
+    loss = _loss(module, x)
+    loss.backward()  # type: ignore[no-untyped-call]
+    found = [p.grad.double().flatten() for p in module.parameters() if p.grad is not None]
+    return torch.cat([loss.detach().double().reshape(1), *found])
+
+
+def _check(module: nn.Module, provider: str, x: Tensor) -> tuple[float, float]:
+    """(our error, torch's): of the gradients in fp32 against fp64, on a few samples."""
+    twin = _without_chance(copy.deepcopy(module))
+    wide = x if x.dtype == torch.int64 else x.double()
+    exact = _gradients(copy.deepcopy(twin).double(), wide)
+    torchs = _gradients(copy.deepcopy(twin), x)
+    _surgery(twin, provider)
+    found = _gradients(twin, x)
+    return tuple(float((g - exact).norm() / exact.norm()) for g in (found, torchs))  # type: ignore[return-value]
+
+
+def rows(model: Model, provider: str, device: str) -> Iterator[Row]:
+    """The row of a training step, forward and backward; one that says why where it fails."""
+    try:
+        yield _row(model, provider, device)
+    except Exception as error:
+        yield blank(model, provider, device, first_line(error), ok=False)
+        if "CUDA error" in str(error):
+            raise
+
+
+def _row(model: Model, provider: str, device: str) -> Row:
+    torch.manual_seed(0)
+    source, module = model.build()
+    module = module.to(device).train()
+    row = blank(model, provider, device, source)
+    if provider in ("fastnorm", "fastnorm-replaced"):
+        row.error, row.torch_error = _check(module, provider, _inputs(model, device, CHECKED))
+        if not row.error <= SAME * row.torch_error + ROUNDING:
+            row.ok = False
+            row.note = f"wrong result: error {row.error:.1e} (torch's is {row.torch_error:.1e})"
+            return row
+    if model.layout == "nhwc":
+        module = module.to(memory_format=torch.channels_last)
+    done = _surgery(module, provider)
+    row.note = f"{source}; {done}" if done else source
+    x = _inputs(model, device)
+    half = device != "cpu" and model.dtype != "float32"
+
+    def step() -> None:
+        module.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            loss = _loss(module, x)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    steps, warmup = (STEPS, WARMUP) if device != "cpu" else (3, 1)
+    found = timing.step_time(step, device, steps, warmup)
+    row.ms_median, row.ms_p20, row.ms_p80 = found
+    row.samples_per_second = x.size(0) / found.median * 1e3
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        row.peak_memory_mib = torch.cuda.max_memory_allocated() / 2**20
+    return row

@@ -1,0 +1,61 @@
+"""A run: jobs in order of importance until the budget is spent, every row written as it comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import schema
+from benchmarks.jobs import Job
+from benchmarks.progress import Progress
+from benchmarks.schema import Results
+from benchmarks.worker import Worker, WorkerDied
+
+
+def run(
+    jobs: Sequence[Job], device: str, budget: float, out: Path, note: str = "", quiet: bool = True
+) -> list[Job]:
+    """Measure into a new results file; return the jobs that the budget had no time for.
+
+    The file is whole at every moment. KeyboardInterrupt leaves what was measured in it.
+    """
+    deadline = time.monotonic() + budget
+    worker = Worker(device, note, quiet)
+    try:
+        schema.save(Results(worker.environment), out)
+        lacking: set[tuple[str, str]] = set()
+        longest: dict[str, float] = {}  # seconds that a job of a slow provider has taken
+        left_out = []
+        with Progress(len(jobs), deadline - time.monotonic()) as progress:
+            for job in jobs:
+                key = (job.family, job.provider_name)
+                now = time.monotonic()
+                if now + longest.get(job.provider_name, 0.0) > deadline:
+                    left_out.append(job)
+                elif key not in lacking:
+                    progress.running(job)
+                    if _one(worker, job, out):
+                        lacking.add(key)
+                    took = time.monotonic() - now
+                    longest[job.provider_name] = max(took, longest.get(job.provider_name, 0.0))
+                progress.done()
+    except BaseException:
+        worker.stop(kill=True)
+        raise
+    worker.stop()
+    return left_out
+
+
+def _one(worker: Worker, job: Job, out: Path) -> bool:
+    """Run a job; whether its provider is missing here, for this job and all of its family."""
+    lacking = told = False
+    try:
+        for kind, row in worker.rows(job):
+            lacking = lacking or kind == "missing"
+            told = told or not row.ok
+            schema.append(out, row)
+    except WorkerDied as death:
+        if not told:  # what ends the process may have had time to say so
+            schema.append(out, job.failed(str(death)))
+    return lacking

@@ -1,0 +1,208 @@
+"""The suites: which problems, in which order. No shape is here because it suits us: they are what
+people run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from benchmarks.ops import HIFIGAN
+from benchmarks.problems import TRAINING, Problem
+
+FORWARD = ("forward",)
+HOST = ("host",)
+CPU_NUMEL = 1 << 24  # the largest tensor that a suite asks of a CPU
+
+# channels and sides of the batch norms of the models, at the resolution they are trained at
+RESNET50 = (
+    (64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7),
+    (2048, 7),
+)  # fmt: skip
+EFFICIENTNET_B0 = (
+    (32, 112), (96, 112), (144, 56), (240, 28), (480, 14), (672, 14), (1152, 7), (1280, 7),
+)  # fmt: skip
+EFFICIENTNET_B4 = (
+    (48, 190), (144, 190), (192, 95), (336, 48), (672, 24), (960, 24), (1632, 12), (1792, 12),
+)  # fmt: skip
+MOBILENET_V2 = (
+    (32, 112), (96, 112), (144, 56), (192, 28), (384, 14), (576, 14), (960, 7), (1280, 7),
+)  # fmt: skip
+
+
+def _batch_norms() -> Iterator[Problem]:
+    def image(
+        importance: int, variant: str, N: int, C: int, side: int, layout: str, dtype: str
+    ) -> Problem:
+        shape = (N, C, side, side)
+        return Problem("batch_norm", variant, shape, layout, dtype, TRAINING, importance)
+
+    leading = {(64, 112), (256, 56), (1024, 14), (2048, 7)}
+    for C, side in RESNET50:
+        first = (C, side) in leading
+        for layout in ("nchw", "nhwc"):
+            yield image(0 if first else 2, "plain", 256, C, side, layout, "bfloat16")
+            yield image(1 if first else 3, "relu", 256, C, side, layout, "bfloat16")
+            yield image(1 if first else 3, "plain", 32, C, side, layout, "bfloat16")
+            yield image(2 if first else 4, "plain", 256, C, side, layout, "float16")
+            yield image(3 if first else 5, "plain", 64, C, side, layout, "bfloat16")
+            yield image(3 if first else 5, "plain", 64, C, side, layout, "float32")
+            yield image(2 if first else 4, "silu", 256, C, side, layout, "bfloat16")
+            if (C, side) in ((256, 56), (512, 28), (1024, 14), (2048, 7)):  # ends of a block
+                wanted = 0 if (C, side) == (256, 56) else 2
+                yield image(wanted, "residual+relu", 256, C, side, layout, "bfloat16")
+    for C, side in EFFICIENTNET_B0:
+        for layout in ("nchw", "nhwc"):
+            first = (C, side) == (96, 112)
+            yield image(0 if first else 3, "silu", 128, C, side, layout, "bfloat16")
+    for C, side in EFFICIENTNET_B4:
+        yield image(4, "silu", 32, C, side, "nhwc", "bfloat16")
+    for C, side in MOBILENET_V2:
+        yield image(4, "relu6", 128, C, side, "nhwc", "bfloat16")
+    unet = (2, 32, 128, 128, 128)
+    yield Problem("batch_norm", "relu", unet, "nchw", "bfloat16", TRAINING, 1)
+    yield Problem("batch_norm", "relu", unet, "nhwc", "bfloat16", TRAINING, 3)
+    yield Problem("batch_norm", "plain", unet, "nchw", "float32", TRAINING, 4)
+    for C in (64, 128, 1024):  # PointNet: N clouds of 2048 points
+        yield Problem("batch_norm", "relu", (32, C, 2048), "nlc", "bfloat16", TRAINING, 3)
+    for C in (64, 256, 1024, 4096):
+        wanted = 1 if C == 1024 else 3
+        yield Problem("batch_norm", "plain", (8192, C), "rows", "bfloat16", TRAINING, wanted)
+    for C, side in ((64, 112), (256, 56)):
+        shape = (256, C, side, side)
+        yield Problem("mean_only_batch_norm", "plain", shape, "nchw", "bfloat16", TRAINING, 3)
+
+
+def _layer_norms() -> Iterator[Problem]:
+    def rows(
+        importance: int, M: int, N: int, dtype: str = "bfloat16", variant: str = "plain"
+    ) -> Problem:
+        return Problem("layer_norm", variant, (M, N), "rows", dtype, TRAINING, importance)
+
+    for N in (1024, 2048, 4096, 8192, 12288, 15872):
+        yield rows(1 if N in (1024, 8192) else 3, 4096, N)
+        yield rows(3 if N in (1024, 8192) else 5, 4096, N, "float16")
+    for N in (256, 1024, 4096, 8192, 32768, 65536):
+        yield rows(0 if N in (1024, 4096, 32768) else 1, 32768, N)
+        if N <= 8192:
+            yield rows(4, 32768, N, "float32")
+    yield rows(1, 1 << 20, 128)  # Swin's first stage
+    yield rows(0, 64 * 197, 768)  # ViT-B
+    yield rows(3, 64 * 197, 768, "float32")
+    yield rows(1, 64 * 197, 768, variant="residual")
+    yield rows(2, 32768, 4096, variant="residual")
+    yield rows(1, 32768, 769)
+    yield rows(3, 32768, 1000)
+    yield rows(2, 16384, 4095)
+    image = (64, 56, 56, 96)  # ConvNeXt-T: an image seen channels last
+    yield Problem("layer_norm", "plain", image, "nchw", "bfloat16", TRAINING, 1)
+
+
+def _weight_norms() -> Iterator[Problem]:
+    def weight(
+        importance: int, variant: str, shape: tuple[int, ...], dtype: str = "float32"
+    ) -> Problem:
+        return Problem("weight_norm", variant, shape, "flat", dtype, TRAINING, importance)
+
+    yield weight(0, "hifigan", (sum(math.prod(v) for v in HIFIGAN),))
+    for shape in dict.fromkeys(HIFIGAN):
+        yield weight(4, "dim0", shape)
+    for N in (1024, 4096, 8192):
+        yield weight(1 if N == 4096 else 3, "dim0", (N, N))
+        yield weight(4, "dim0", (N, N), "bfloat16")
+    yield weight(3, "dim1", (512, 256, 16))  # a transposed convolution, by output channel
+    yield weight(1, "dim2", (768, 48, 128))  # wav2vec2's positional convolution
+
+
+def _activations() -> Iterator[Problem]:
+    for exponent in (16, 18, 20, 22, 24, 26, 28):
+        for name in ("gelu", "silu", "selu", "swish", "gelu_tanh"):
+            first = exponent in (20, 26) and name in ("gelu", "silu")
+            yield Problem(
+                "activation", name, (1 << exponent,), "flat", "bfloat16", TRAINING,
+                0 if first and exponent == 26 else 1 if first else 3 if name != "gelu_tanh" else 5,
+            )  # fmt: skip
+        yield Problem("activation", "silu", (1 << exponent,), "flat", "float32", TRAINING, 4)
+    yield Problem("activation", "gelu_tanh", (8192, 8192), "flat", "bfloat16", TRAINING, 1)
+
+
+def ops() -> Iterator[Problem]:
+    """Every op on the shapes of the models that use it."""
+    yield from _batch_norms()
+    yield from _layer_norms()
+    yield from _weight_norms()
+    yield from _activations()
+
+
+def quick_gpu() -> Iterator[Problem]:
+    """What `ops` measures first."""
+    yield from (problem for problem in ops() if problem.importance == 0)
+
+
+def quick_cpu() -> Iterator[Problem]:
+    """One problem of each op, of a size that a laptop runs in milliseconds."""
+    image = (8, 64, 56, 56)
+    yield Problem("batch_norm", "silu", image, "nchw", "float32", TRAINING, 0)
+    yield Problem("layer_norm", "plain", (4096, 768), "rows", "float32", TRAINING, 0)
+    yield Problem("activation", "gelu", (1 << 20,), "flat", "float32", TRAINING, 0)
+    yield Problem("batch_norm", "residual+relu", image, "nhwc", "float32", TRAINING, 1)
+    yield Problem("batch_norm", "plain", image, "nchw", "bfloat16", TRAINING, 1)
+    yield Problem("layer_norm", "residual", (4096, 768), "rows", "bfloat16", TRAINING, 1)
+    yield Problem("activation", "silu", (1 << 20,), "flat", "bfloat16", TRAINING, 1)
+    yield Problem("weight_norm", "dim0", (1024, 1024), "flat", "float32", TRAINING, 1)
+    yield from (replace(p, importance=2) for p in host() if p.importance == 0)
+
+
+def host() -> Iterator[Problem]:
+    """The time of the call alone, on tensors too small to hide it, forward with gradient."""
+    for importance, numel in enumerate((1 << 12, 1 << 16, 1 << 20)):
+        batch = numel // (64 * 8 * 8) or 1
+        for name in ("plain", "silu"):
+            shape = (batch, 64, 8, 8)
+            yield Problem("batch_norm", name, shape, "nchw", "float32", HOST, importance)
+        rows = (numel // 256, 256)
+        yield Problem("layer_norm", "plain", rows, "rows", "float32", HOST, importance)
+        square = 1 << (numel.bit_length() // 2)
+        yield Problem("weight_norm", "dim0", (square, square), "flat", "float32", HOST, importance)
+        for name in ("gelu", "silu"):
+            yield Problem("activation", name, (numel,), "flat", "float32", HOST, importance)
+
+
+def kernelbench() -> Iterator[Problem]:
+    """KernelBench level 1, at its own sizes, forward, fp32."""
+    wide = (4096, 393216)
+    for op, variant, shape, layout in (
+        ("batch_norm", "plain", (64, 64, 512, 512), "nchw"),  # 33
+        ("layer_norm", "last3", (16, 64, 256, 256), "rows"),  # 40
+        ("activation", "kernelbench_88", (8192, 8192), "flat"),
+        ("activation", "kernelbench_25", wide, "flat"),
+        ("activation", "gelu", wide, "flat"),  # 26
+        ("activation", "selu", wide, "flat"),  # 27
+    ):
+        yield Problem(op, variant, shape, layout, "float32", FORWARD, 1)
+
+
+SUITES: dict[str, Callable[[], Iterable[Problem]]] = {
+    "quick": quick_gpu,
+    "ops": ops,
+    "kernelbench": kernelbench,
+    "host": host,
+}
+MODELS = "models"  # its problems are whole models: see benchmarks/models.py
+NAMES = ("quick", "ops", MODELS, "kernelbench", "host")
+
+
+def problems(names: Iterable[str], device: str) -> list[Problem]:
+    """The problems of these suites (models left out), each once, the important ones first."""
+    found: dict[Problem, None] = {}
+    seen = set()
+    for name in names:
+        if name == MODELS:
+            continue
+        suite = quick_cpu if name == "quick" and device == "cpu" else SUITES[name]
+        for problem in suite():
+            same = replace(problem, importance=0)
+            if same not in seen and (device != "cpu" or problem.numel <= CPU_NUMEL):
+                seen.add(same)
+                found[problem] = None
+    return sorted(found, key=lambda problem: problem.importance)
