@@ -8,6 +8,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -54,6 +55,7 @@ using Memory = std::unique_ptr<void, Free>;
 
 struct Warp {
     unsigned alive = 0, waiting = 0;  // lanes
+    char order;                       // an address that stands for __syncwarp in TSan
 };
 
 struct Block {
@@ -79,7 +81,8 @@ void* body_arguments;
 std::string error;
 size_t stalled;    // yields since anything changed
 size_t exchanges;  // of warps, likewise
-char launch_order;
+// two addresses in TSan: with one, a thread that starts late would be ordered after one that ended
+char launch_begin, launch_end;
 
 Memory fresh_shared(size_t bytes) {
     void* p;
@@ -111,13 +114,13 @@ void leave(State state) {
 
 void thread_main() {
     home.arrived();
-    acquire(&launch_order);
+    acquire(&launch_begin);
     try {
         body(body_arguments);
     } catch (const std::exception& e) {  // no memory for a shared variable
         error = e.what();
     }
-    release(&launch_order);
+    release(&launch_end);
     changed();
     leave(State::done);
 }
@@ -173,7 +176,7 @@ Word exchange(Exchange kind, unsigned mask, Word value, int source, const char* 
     Thread* t = now;
     t->kind = kind, t->mask = mask, t->value = value, t->source = source;
     t->file = file, t->line = line;
-    Thread* order = t->block->threads[t->rank / 32 * 32];
+    char* order = &t->block->warps[t->rank / 32].order;
     if (kind == Exchange::sync) release(order);  // shuffles and votes order no memory
     if (!(mask >> (t->rank % 32) & 1)) error = "a lane is not in its own mask: " + where(*t);
     leave(State::warp);
@@ -318,16 +321,26 @@ std::vector<size_t> block_order(size_t blocks) {
     return order;
 }
 
+// Throws the error, with the places where the threads of the first blocks stand.
 [[noreturn]] void report(const std::vector<std::unique_ptr<Block>>& live) {
     if (error.empty()) error = "deadlock";
-    for (auto& b : live) {
-        for (Thread* t : b->threads)
+    constexpr size_t most = 4;
+    for (size_t i = 0; i < live.size(); ++i) {
+        const auto& threads = live[i]->threads;
+        idle.insert(idle.end(), threads.begin(), threads.end());
+        if (i >= most) continue;
+        std::map<std::pair<std::string, int>, std::pair<const Thread*, int>> places;
+        for (const Thread* t : threads)
             if (t->state != State::done) {
-                error += "\n  waiting: " + where(*t);
-                break;
+                auto& place = places.try_emplace({t->file, t->line}, t, 0).first->second;
+                ++place.second;
             }
-        idle.insert(idle.end(), b->threads.begin(), b->threads.end());
+        for (const auto& [_, place] : places)
+            error += "\n  " + std::to_string(place.second) +
+                     " waiting, the first: " + where(*place.first);
     }
+    if (live.size() > most)
+        error += "\n  and " + std::to_string(live.size() - most) + " more blocks";
     throw std::runtime_error("emulated launch: " + error);
 }
 
@@ -337,7 +350,7 @@ void run(const cudaLaunchConfig_t& config, size_t limit) {
     rng.seed(device.seed), tick = 0;
     const auto order = block_order(size_t(gridDim.x) * gridDim.y * gridDim.z);
     home.remember();
-    release(&launch_order);
+    release(&launch_begin);
 
     Untracked here;
     std::vector<std::unique_ptr<Block>> live;
@@ -358,7 +371,7 @@ void run(const cudaLaunchConfig_t& config, size_t limit) {
         idle.insert(idle.end(), b->threads.rbegin(), b->threads.rend());
         live.erase(std::find_if(live.begin(), live.end(), [&](auto& p) { return p.get() == b; }));
     }
-    acquire(&launch_order);
+    acquire(&launch_end);
     if (!live.empty() || !error.empty()) report(live);
 }
 

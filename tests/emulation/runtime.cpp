@@ -90,6 +90,10 @@ __attribute__((visibility("default"))) size_t emulation_switches() {
     return device.switches;
 }
 
+__attribute__((visibility("default"))) const char* emulation_error_name(int code) {
+    return cudaGetErrorName(cudaError_t(code));
+}
+
 const char* cudaGetErrorName(cudaError_t e) {
     const auto* known = emulation::named(e);
     return known ? known->name : "an error that the emulation never returns";
