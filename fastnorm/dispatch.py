@@ -230,9 +230,8 @@ def _refusal(name: str, x: Tensor) -> str | None:
     return missing
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
-def _preferred(family: str) -> str | None:
+def _first_that_is_here(family: str) -> str | None:
     """The backend of ours that serves CUDA tensors under "auto"; None where this machine has
     none."""
     if torch.version.hip is not None:
@@ -245,6 +244,14 @@ def _preferred(family: str) -> str | None:
             f"{missing['cuda']}"
         )
     return found
+
+
+def _preferred(family: str) -> str | None:
+    return _first_that_is_here(family)
+
+
+# what torch.compiler.assume_constant_result does, which would import torch._dynamo and triton here
+_preferred._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

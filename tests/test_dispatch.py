@@ -93,12 +93,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """A machine that lacks some backends, for the reasons given."""
 
     def lacking(**missing: str) -> None:
-        dispatch._preferred.cache_clear()
+        dispatch._first_that_is_here.cache_clear()
         found = {name: missing.get(name) for name in ("reference", "triton", "cuda")}
         monkeypatch.setattr(dispatch, "backends", lambda: found)
 
     yield lacking
-    dispatch._preferred.cache_clear()
+    dispatch._first_that_is_here.cache_clear()
 
 
 @pytest.mark.parametrize("family", dispatch.RULES)
