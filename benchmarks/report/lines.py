@@ -66,7 +66,8 @@ class Line:
         rows = [r for name, r in self.rows.items() if is_ours(name) == ours and timed(r)]
         return min(rows, key=lambda row: row.ms_median or 0, default=None)
 
-    def _against(self, other: Row | None) -> Against | None:
+    def against(self, other: Row | None) -> Against | None:
+        """Ours against this row, where both have a time."""
         mine = self.ours
         if mine is None or other is None or not timed(mine) or not timed(other):
             return None
@@ -75,12 +76,12 @@ class Line:
     @property
     def torch(self) -> Against | None:
         """Against torch eager."""
-        return self._against(self.rows.get("torch"))
+        return self.against(self.rows.get("torch"))
 
     @property
     def best(self) -> Against | None:
         """Against the fastest of all others, torch and torch.compile among them."""
-        return self._against(self._fastest(ours=False))
+        return self.against(self._fastest(ours=False))
 
     @property
     def name(self) -> str:

@@ -23,12 +23,13 @@ from benchmarks.report.tables import (
 Pictures = Sequence[tuple[str, bytes]]  # name and PNG
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 1240px;
+body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 1600px;
        padding: 0 1rem; color: #1a1a1a; background: white; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.35rem; border-top: 3px solid #333; padding-top: .6rem; }
 h3 { font-size: 1.05rem; margin: 1.8rem 0 .3rem; }
 .cpu { border: 2px solid #333; padding: .5rem .8rem; font-weight: bold; }
-.wide { overflow-x: auto; } img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
+.wide { overflow-x: auto; }
+img { max-width: min(100%, 1200px); height: auto; display: block; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .5rem; border: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th { background: #f0f0f0; } th button { all: unset; cursor: pointer; }
@@ -50,7 +51,7 @@ for (const button of document.querySelectorAll("th button")) {
     for (const other of row.children) other.removeAttribute("aria-sort");
     head.ariaSort = sign === 1 ? "ascending" : "descending";
     const value = (tr) => tr.children[at].dataset.order;
-    const number = [...body.rows].every((tr) => value(tr) !== "" && !isNaN(value(tr)));
+    const number = [...body.rows].every((tr) => !isNaN(value(tr)));
     const compare = number ? (a, b) => a - b : (a, b) => a.localeCompare(b);
     body.append(...[...body.rows].sort((a, b) => sign * compare(value(a), value(b))));
   });
@@ -62,6 +63,8 @@ function filter() {
     const text = tr.dataset.text;
     tr.hidden = !wanted.every((word) => text.includes(word)) || (lost.checked && !tr.dataset.lost);
   }
+  for (const group of document.querySelectorAll(".group"))
+    group.hidden = group.querySelector("tbody tr:not([hidden])") === null;
 }
 words.addEventListener("input", filter);
 lost.addEventListener("change", filter);
@@ -96,18 +99,19 @@ def _cell(cell: Cell) -> str:
     return f'<td{named}{title} data-order="{order}">{escape(cell.text)}</td>'
 
 
-def _head(header: Sequence[str], words: int) -> str:
+def _head(header: Sequence[str], words: Sequence[bool]) -> str:
     cells = (
-        f'<th scope="col"{" class=word" if i < words else ""}><button>{escape(name)}</button></th>'
-        for i, name in enumerate(header)
+        f'<th scope="col"{" class=word" if word else ""}><button>{escape(name)}</button></th>'
+        for name, word in zip(header, words, strict=True)
     )
     return f"<thead><tr>{''.join(cells)}</tr></thead>"
 
 
 def _table(one: Table, identity: str) -> Iterable[str]:
-    yield f'<h3 id="{identity}">{escape(one.title)}</h3>'
+    words = [isinstance(cell.order, str) for cell in one.rows[0]]
+    yield f'<div class="group"><h3 id="{identity}">{escape(one.title)}</h3>'
     yield f'<p class="note">Cells: {escape(one.unit)}.</p><div class="wide"><table class="rows">'
-    yield _head(one.header, 4) + "<tbody>"
+    yield _head(one.header, words) + "<tbody>"
     for row in one.rows:
         text = escape(" ".join([one.title, *(cell.text for cell in row)]).lower())
         lost = ' data-lost="1"' if _lost(row) else ""
@@ -116,6 +120,7 @@ def _table(one: Table, identity: str) -> Iterable[str]:
     if one.notes:
         notes = "".join(f"<li>{escape(note)}</li>" for note in one.notes)
         yield f'<ul class="note">{notes}</ul>'
+    yield "</div>"
 
 
 def _lost(row: Sequence[Cell]) -> bool:
@@ -123,7 +128,7 @@ def _lost(row: Sequence[Cell]) -> bool:
 
 
 def _summary(run: Run) -> Iterable[str]:
-    yield f'<div class="wide"><table>{_head(SUMMARY, 3)}<tbody>'
+    yield f'<div class="wide"><table>{_head(SUMMARY, [i < 3 for i in range(len(SUMMARY))])}<tbody>'
     for row in summary_rows(run.lines):
         cells = (
             f'<td{" class=word" if i < 3 else ""} data-order="{escape(text.split("x")[0])}">'
@@ -136,7 +141,7 @@ def _summary(run: Run) -> Iterable[str]:
 
 def _section(run: Run, pictures: Pictures, number: int) -> Iterable[str]:
     yield f"<section><h2>{escape(run.title)}</h2>"
-    yield f"<p>{escape(run.versions)}.<br>{escape(run.copy.capitalize())}.</p>"
+    yield f"<p>{escape(run.versions)};<br>{escape(run.copy)}.</p>"
     if run.environment.on_cpu:
         yield (
             '<p class="cpu">Measured on a CPU, where fastnorm is torch\'s own functions. '

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -79,10 +80,25 @@ def to_png(figure: Any) -> bytes:
     figure.savefig(raw, format="png")
     image = Image.open(raw).convert("RGB")
     named = ["#ffffff", "#000000", *SCALE, *(colour for colour, _ in (*COLOURS.values(), *SPARE))]
-    exact = [int(colour[i : i + 2], 16) for colour in named for i in (1, 3, 5)]
-    found = image.quantize(256 - len(named), dither=Image.Dither.NONE).getpalette() or []
+    exact = [_rgb(colour) for colour in named]
+    found = image.quantize(256 - len(exact), dither=Image.Dither.NONE).getpalette() or []
+    colours = [*exact, *zip(*[iter(found)] * 3, strict=True)][:256]
     palette = Image.new("P", (1, 1))
-    palette.putpalette(exact + found[: 768 - len(exact)])
+    palette.putpalette([value for colour in colours for value in colour])
+    indexed = image.quantize(palette=palette, dither=Image.Dither.NONE)
+    # the nearest colour is found to within a few steps only: what is that near is the exact one
+    nearest = [min(exact, key=partial(_distance, colour)) for colour in colours]
+    pairs = zip(nearest, colours, strict=True)
+    snapped = (one if _distance(one, colour) < 8 else colour for one, colour in pairs)
+    indexed.putpalette([value for colour in snapped for value in colour])
     small = io.BytesIO()
-    image.quantize(palette=palette, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    indexed.save(small, "png", optimize=True)
     return small.getvalue()
+
+
+def _rgb(colour: str) -> tuple[int, ...]:
+    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def _distance(one: Sequence[int], other: Sequence[int]) -> int:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))

@@ -65,7 +65,8 @@ def failure(row: Row) -> str:
     return "wrong" if "wrong" in told else "failed"
 
 
-def provider_cell(row: Row | None) -> Cell:
+def provider_cell(line: Line, provider: str) -> Cell:
+    row = line.rows.get(provider)
     if row is None:
         return Cell("", float("inf"))
     if not timed(row) or row.ms_median is None:
@@ -75,7 +76,8 @@ def provider_cell(row: Row | None) -> Cell:
         text += "" if row.peak_memory_mib is None else f" {row.peak_memory_mib:.0f}"
     elif row.mode != "host" and row.floor_fraction is not None:
         text += f" {row.floor_fraction:.2f}"
-    return Cell(text, row.ms_median, title=row.note)
+    other = None if is_ours(provider) else line.against(row)
+    return Cell(text, row.ms_median, other, row.note)
 
 
 def against_cell(found: Against | None, named: bool = False) -> Cell:
@@ -97,7 +99,7 @@ def notes(rows: Iterable[Row]) -> list[str]:
 def table(title: str, lines: Sequence[Line], providers: Sequence[str]) -> Table:
     """Providers without a single time in these lines stand in the notes only."""
     served = [p for p in providers if any(timed(line.rows.get(p)) for line in lines)]
-    header = ["variant", "shape", "layout", "dtype", *served, "against torch", "against the best"]
+    header = ["variant", "shape", "layout", "dtype", "against torch", "against the best", *served]
     rows = []
     for line in lines:
         rows.append(
@@ -106,9 +108,9 @@ def table(title: str, lines: Sequence[Line], providers: Sequence[str]) -> Table:
                 Cell(shape_text(line.shape), line.mebibytes),
                 Cell(line.layout, line.layout),
                 Cell(line.dtype, line.dtype),
-                *(provider_cell(line.rows.get(p)) for p in served),
                 against_cell(line.torch),
                 against_cell(line.best, named=True),
+                *(provider_cell(line, p) for p in served),
             ]
         )
     unit = UNITS.get(lines[0].mode, UNITS[""])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from benchmarks.report.lines import LOSS, TIE, WIN, Run
 from benchmarks.report.tables import (
     LEGEND,
+    SIGNS,
     SUMMARY,
     SUMMARY_LEGEND,
     Cell,
@@ -26,13 +27,16 @@ def _aligned(header: Sequence[str], rows: Sequence[Sequence[Cell]], colour: bool
     """Columns as wide as their widest cell; numbers to the right, words to the left."""
     widths = [max(len(name), *(len(row[i].text) for row in rows)) for i, name in enumerate(header)]
     left = [all(isinstance(row[i].order, str) for row in rows) for i in range(len(header))]
-    left[-1] = True
+    left = [
+        is_left or name == "against the best" for is_left, name in zip(left, header, strict=True)
+    ]
 
     def pad(text: str, i: int) -> str:
         return text.ljust(widths[i]) if left[i] else text.rjust(widths[i])
 
     def style(cell: Cell, i: int) -> str:
-        code = STYLES[cell.against.verdict] if cell.against and colour else ""
+        signed = colour and cell.against and cell.text[0] in SIGNS.values()
+        code = STYLES[cell.against.verdict] if cell.against and signed else ""
         return f"{code}{pad(cell.text, i)}{RESET}" if code else pad(cell.text, i)
 
     lines = ["  ".join(pad(name, i) for i, name in enumerate(header)).rstrip()]
