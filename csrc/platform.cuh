@@ -75,6 +75,12 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
+// Hides where v came from: what was computed from it is computed again, not kept in registers (16
+// bytes of halves are 4 registers, widened they are 8).
+__device__ __forceinline__ void forget(uint4& v) {
+    asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+}
+
 #else  // tests/emulation/emulation.h has them all
 
 using emulation::add_acq_rel;
@@ -98,6 +104,8 @@ inline void store_evict_first(uint4* p, uint4 v) {
 }
 inline float reciprocal(float x) {
     return 1.0f / x;
+}
+inline void forget(uint4&) {
 }
 
 #endif
