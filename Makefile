@@ -1,7 +1,7 @@
 .PHONY: check test bench
 
 PYTHON ?= python
-CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.cpp)
+CUDA_SOURCES := $(foreach folder,csrc tests/emulation,$(wildcard $(addprefix $(folder)/*.,cu cuh h cpp)))
 
 check:
 	$(PYTHON) -m ruff check .

@@ -6,6 +6,7 @@ TORCH_CUDA_ARCH_LIST which GPUs, as torch reads it: "8.0;9.0+PTX"
 MAX_JOBS             how many nvcc processes at once
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+OLDEST_NVCC = (12, 0)
 
 
 def find_nvcc() -> str | None:
@@ -63,6 +65,22 @@ def wanted() -> bool:
     return why_not is None
 
 
+def nvcc_version(nvcc: str) -> tuple[int, int]:
+    """The release of nvcc; an error where it is too old."""
+    said = subprocess.check_output([nvcc, "--version"], text=True)
+    match = re.search(r"release (\d+)\.(\d+)", said)
+    if match is None:
+        raise SystemExit(f"{nvcc} --version says no release: {said!r}")
+    version = int(match[1]), int(match[2])
+    if version < OLDEST_NVCC:
+        raise SystemExit(
+            f"{nvcc} is of CUDA {version[0]}.{version[1]}, and the CUDA backend needs "
+            f"{OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer: install a newer CUDA toolkit and set "
+            "CUDA_HOME to its folder, or set FASTNORM_BUILD_CUDA=0 to build without the backend"
+        )
+    return version
+
+
 def architecture_flags(known: set[str]) -> list[str]:
     """-gencode flags for TORCH_CUDA_ARCH_LIST, else for those of our list that nvcc knows."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
@@ -72,8 +90,18 @@ def architecture_flags(known: set[str]) -> list[str]:
         if match is None:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {entry!r} is not like 9.0 or 9.0+PTX")
         number = match[1] + match[2]
-        if not asked and f"sm_{number}" not in known:
-            continue
+        if int(match[1]) < 8:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: {entry!r} is below 8.0, the oldest that the kernels run on"
+            )
+        if f"sm_{number}" not in known:
+            if not asked:
+                continue
+            names = sorted(name for name in known if re.fullmatch(r"sm_\d+[af]?", name))
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: this nvcc does not know {entry!r}; it knows "
+                f"{', '.join(names)}"
+            )
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[3]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
@@ -88,6 +116,7 @@ class NvccBuild(build_ext):
 
         nvcc = find_nvcc()
         assert nvcc is not None, "extensions are declared only where nvcc was found"
+        version = nvcc_version(nvcc)
         known = set(subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split())
         flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
         flags += architecture_flags(known)
@@ -97,10 +126,18 @@ class NvccBuild(build_ext):
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
 
+        headers = sorted(path for pattern in ("*.h", "*.cuh") for path in CSRC.glob(pattern))
+        common = b"".join(path.read_bytes() for path in headers) + repr((version, flags)).encode()
+
         def compiled(source: str) -> str:
-            target = str(folder / f"{Path(source).name}.o")
-            subprocess.check_call([nvcc, *flags, "-c", source, "-o", target])
-            return target
+            # kept under the hash of what went into it: pip builds the wheel anew at every install
+            digest = hashlib.sha256(common + Path(source).read_bytes()).hexdigest()[:16]
+            target = folder / f"{Path(source).name}-{digest}.o"
+            if not target.exists():
+                partial = target.with_suffix(".partial.o")
+                subprocess.check_call([nvcc, *flags, "-c", source, "-o", str(partial)])
+                partial.replace(target)
+            return str(target)
 
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:

@@ -208,18 +208,6 @@ def load(kind: str = "plain") -> ModuleType:
     return module
 
 
-def activate(kind: str = "plain") -> str | None:
-    """Make :func:`load`'s module fastnorm._cuda for this process, before fastnorm asks for it.
-
-    Returns None, or the reason why this machine cannot; a kernel that does not compile raises.
-    """
-    try:
-        sys.modules["fastnorm._cuda"] = load(kind)
-    except Unavailable as error:
-        return str(error)
-    return None
-
-
 if __name__ == "__main__":
     for kind in sys.argv[1:] or ["plain"]:
         print(build(kind, say=True))

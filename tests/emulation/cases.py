@@ -14,7 +14,7 @@ import torch
 import fastnorm
 from tests.cases import CASES, Case
 from tests.compare import assert_as_good_as_torch
-from tests.emulation import build
+from tests.emulation import activate
 
 
 def chosen(texts: tuple[str, ...]) -> Iterator[tuple[Case, torch.dtype]]:
@@ -28,7 +28,7 @@ def chosen(texts: tuple[str, ...]) -> Iterator[tuple[Case, torch.dtype]]:
 
 
 def main(kind: str, seeds: str, *texts: str) -> int:
-    reason = build.activate(kind)
+    reason = activate(kind)
     assert reason is None, reason  # what built the library could load it
     engine = sys.modules["fastnorm._cuda"].engine
     failed = 0
