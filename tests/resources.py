@@ -1,16 +1,14 @@
 """The CUDA sources compiled by nvcc for every architecture, and what the assembler says of them.
 
 Warnings are errors. No kernel may spill (STACK, LOCAL) or take 128 registers or more, and every
-kernel accesses global memory 16 bytes at a time. The objects are kept under the hash of what went
-into them.
+kernel accesses global memory 16 bytes at a time. What setup.py builds next links these objects.
 
-    python -m tests.resources [--capability 80 90 100 120] [--only TEXT] [--all]
+    python -m tests.resources [--capability 90] [--only TEXT] [--all]
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import os
 import re
@@ -18,18 +16,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CSRC = ROOT / "csrc"
-OUT = ROOT / "build" / "resources"
-CAPABILITIES = (80, 90, 100, 120)
 MOST_REGISTERS = 128
 MOST_KERNELS = 120  # what keeps a build under two minutes on two cores
-FLAGS = ("-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Werror=all-warnings")
+WARNINGS = "-Werror=all-warnings -Xcompiler=-Wall,-Werror"
 WIDE_ACCESS = re.compile(r"\b(?:LD|ST)G\.E(?:\.\w+)*\.128\b")
 
 # kernel -> why it may take more registers; none does
@@ -80,41 +75,51 @@ def output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def compile_source(source: Path, capability: int) -> Path:
-    headers = sorted(path for pattern in ("*.h", "*.cuh") for path in CSRC.glob(pattern))
-    contents = b"".join(path.read_bytes() for path in (source, *headers)) + repr(FLAGS).encode()
-    digest = hashlib.sha256(contents).hexdigest()[:16]
-    target = OUT / f"{source.stem}-{capability}-{digest}.o"
-    if not target.exists():
-        OUT.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.o")
-        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-        if nvcc is None:
-            raise SystemExit("nvcc was not found: install the CUDA toolkit")
-        command = [nvcc, *FLAGS, f"-arch=sm_{capability}", "-c", str(source), "-o", str(partial)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
-        partial.replace(target)
-    return target
+def compiled(sources: Sequence[Path], capabilities: Sequence[int]) -> list[Path]:
+    """The objects that setup.py makes of these sources, from whose cache it will link them."""
+    spec = importlib.util.spec_from_file_location("fastnorm_setup", "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    reason = setup.obstacle()
+    if reason is not None:
+        raise SystemExit(reason)
+    os.environ.setdefault("NVCC_APPEND_FLAGS", WARNINGS)
+    if capabilities:
+        listed = ";".join(f"{capability // 10}.{capability % 10}" for capability in capabilities)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = listed
+    objects: list[Path] = setup.compile_objects(setup.find_nvcc(), sources)
+    return objects
 
 
-def kernels(source: Path, capability: int) -> list[Kernel]:
-    """Every kernel of a source, as the assembler made it."""
-    target = str(compile_source(source, capability))
-    wide: dict[str, int] = {}
-    for part in output(tool("cuobjdump"), "-sass", target).split("Function : ")[1:]:
-        mangled, code = part.split(maxsplit=1)
-        wide[mangled] = len(WIDE_ACCESS.findall(code))
-    found = re.findall(
-        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)",
-        output(tool("cuobjdump"), "-res-usage", target),
-    )
-    names = output("c++filt", *(mangled for mangled, *_ in found)).splitlines() if found else []
-    return [
-        Kernel(_short(name), capability, int(registers), int(stack), int(local), wide[mangled])
-        for name, (mangled, registers, stack, local) in zip(names, found, strict=True)
-    ]
+def by_capability(listing: str) -> Iterator[tuple[int, str]]:
+    """The parts of what cuobjdump says of an object that holds code for several architectures."""
+    for part in listing.split("\nFatbin elf code:")[1:]:
+        match = re.search(r"^arch = sm_(\d+)", part, re.MULTILINE)
+        assert match is not None, part
+        yield int(match[1]), part
+
+
+def kernels(path: Path) -> list[Kernel]:
+    """Every kernel of an object, as the assembler made it."""
+
+    def listing(option: str) -> Iterator[tuple[int, str]]:
+        return by_capability("\n" + output(tool("cuobjdump"), option, str(path)))
+
+    wide: dict[tuple[int, str], int] = {}
+    for capability, part in listing("-sass"):
+        for function in part.split("Function : ")[1:]:
+            mangled, code = function.split(maxsplit=1)
+            wide[capability, mangled] = len(WIDE_ACCESS.findall(code))
+    found = []
+    usage = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+    for capability, part in listing("-res-usage"):
+        for mangled, registers, stack, local in usage.findall(part):
+            name = _short(output("c++filt", mangled).strip())
+            numbers = int(registers), int(stack), int(local), wide[capability, mangled]
+            found.append(Kernel(name, capability, *numbers))
+    return found
 
 
 def _short(name: str) -> str:
@@ -125,15 +130,17 @@ def _short(name: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--capability", nargs="+", type=int, default=CAPABILITIES)
+    parser.add_argument("--capability", nargs="+", type=int, default=[], help="default: all")
     parser.add_argument("--only", default="", help="sources whose name contains this")
     parser.add_argument("--all", action="store_true", help="print every kernel")
     options = parser.parse_args()
+    os.chdir(ROOT)
     start = time.monotonic()
-    sources = [path for path in sorted(CSRC.glob("*.cu")) if options.only in path.name]
-    jobs = [(source, capability) for source in sources for capability in options.capability]
+    sources = [path for path in sorted(Path("csrc").glob("*.cu")) if options.only in path.name]
+    objects = compiled(sources, options.capability)
+    seconds = time.monotonic() - start
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [kernel for part in pool.map(lambda job: kernels(*job), jobs) for kernel in part]
+        found = [kernel for part in pool.map(kernels, objects) for kernel in part]
     faults = 0
     for kernel in found:
         wrong = ", ".join(kernel.faults())
@@ -142,9 +149,10 @@ def main() -> int:
             print(f"sm_{kernel.capability} {kernel.name}: {kernel.registers} registers", wrong)
     count = len({kernel.name for kernel in found})
     most = max((kernel.registers for kernel in found), default=0)
+    capabilities = ", ".join(map(str, sorted({kernel.capability for kernel in found})))
     print(
-        f"{count} kernels for {len(options.capability)} architectures in "
-        f"{time.monotonic() - start:.0f} s: at most {most} registers, {faults} with faults"
+        f"{count} kernels for compute capability {capabilities} compiled in {seconds:.0f} s: "
+        f"at most {most} registers, {faults} with faults"
     )
     if count > MOST_KERNELS:
         print(f"more than {MOST_KERNELS} kernels: a build would take too long")

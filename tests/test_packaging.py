@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,7 @@ def test_nvcc_is_looked_for_where_the_user_points(
         return there.get((name, path))
 
     monkeypatch.setattr(build.shutil, "which", which)
+    monkeypatch.setattr(build, "nvcc_version", lambda nvcc: build.OLDEST_NVCC)
     assert build.find_nvcc() == "path"
     monkeypatch.setenv("CUDA_HOME", "/there")
     assert build.find_nvcc() == "home"
@@ -164,20 +166,54 @@ def test_nvcc_is_looked_for_where_the_user_points(
     assert not build.wanted()
 
 
-def test_architectures_are_ours_that_nvcc_knows_or_the_users_unchanged(
+@pytest.mark.parametrize("told", ["release 11.8, V11.8.89", "release 13.0, V13.0.48"])
+def test_an_nvcc_that_is_too_old_is_told_with_what_to_install(
+    build: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    told: str,
+) -> None:
+    monkeypatch.setattr(build.shutil, "which", lambda name, path=None: "/usr/bin/nvcc")
+    monkeypatch.setattr(build.subprocess, "check_output", lambda command, text: told)
+    if "13.0" in told:
+        assert build.wanted()
+        return
+    assert not build.wanted()
+    why = r"/usr/bin/nvcc is of CUDA 11\.8.*need 12\.0 or newer: install a newer CUDA toolkit"
+    assert re.search(why, capsys.readouterr().err)
+    monkeypatch.setenv("FASTNORM_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match=f"FASTNORM_BUILD_CUDA=1, but {why}"):
+        build.wanted()
+
+
+def test_architectures_are_ours_that_nvcc_knows_or_the_users(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert build.architecture_flags({"sm_80", "sm_90"}) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",  # for GPUs to come
     ]
-    assert build.architecture_flags({"sm_120"})[-1] == "-gencode=arch=compute_120,code=compute_120"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0a+PTX")
-    assert build.architecture_flags(set()) == [
+    known = {"sm_86", "sm_90", "sm_90a", "lto_90"}
+    assert build.architecture_flags(known) == [
         "-gencode=arch=compute_86,code=sm_86",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90a,code=compute_90a",
     ]
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(SystemExit, match=r"'Hopper' is not like 9\.0"):
-        build.architecture_flags(set())
+
+
+@pytest.mark.parametrize(
+    "given, error",
+    [
+        ("Hopper", r"'Hopper' is not like 9\.0"),
+        ("9.0;7.5", r"'7\.5' is below 8\.0, the oldest that the kernels run on"),
+        ("9.0 14.0", r"this nvcc does not know '14\.0'; it knows sm_90, sm_90a"),
+    ],
+)
+def test_an_architecture_that_cannot_be_built_is_an_error_that_lists_the_known(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, given: str, error: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    with pytest.raises(SystemExit, match=error):
+        build.architecture_flags({"sm_90", "sm_90a", "lto_90"})
