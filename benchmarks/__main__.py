@@ -43,17 +43,22 @@ def seconds(given: str) -> float:
 
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     run = commands.add_parser("run", help="measure a suite into a results file")
-    run.add_argument("--suite", type=several(suites.NAMES), default=["quick"], metavar="NAMES",
-                     help=f"{', '.join(suites.NAMES)}; default quick")  # fmt: skip
+
+    def names(option: str, choices: Sequence[str], default: list[str] | None) -> None:
+        told = f"{', '.join(choices)}; default {', '.join(default) if default else 'all'}"
+        run.add_argument(option, type=several(choices), default=default, metavar="NAMES", help=told)
+
+    names("--suite", suites.NAMES, ["quick"])
+    names("--op", (*OPS, "model"), None)
+    names("--dtype", tuple(DTYPES), None)
+    names("--providers", tuple(PROVIDERS), None)
     run.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
-    run.add_argument("--op", type=several((*OPS, "model")), metavar="NAMES",
-                     help=f"only these: {', '.join((*OPS, 'model'))}")  # fmt: skip
-    run.add_argument("--dtype", type=several(tuple(DTYPES)), metavar="NAMES",
-                     help=f"only these: {', '.join(DTYPES)}")  # fmt: skip
-    run.add_argument("--providers", type=several(tuple(PROVIDERS)), default=list(PROVIDERS),
-                     metavar="NAMES", help=f"only these: {', '.join(PROVIDERS)}")  # fmt: skip
-    run.add_argument("--budget", type=seconds, metavar="SECONDS",
-                     help=f"{command.GPU_BUDGET:.0f} by default, {command.CPU_BUDGET:.0f} on a CPU")  # fmt: skip
+    run.add_argument(
+        "--budget",
+        type=seconds,
+        metavar="SECONDS",
+        help=f"default {command.GPU_BUDGET:.0f}, on a CPU {command.CPU_BUDGET:.0f}",
+    )
     run.add_argument("--out", type=Path, default=Path("results.json"), help="default results.json")
     run.add_argument("--note", default="", help="kept in the file: what else the machine was doing")
     run.add_argument("--plot", action="store_true", help="then write the report beside the file")

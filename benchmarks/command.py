@@ -11,6 +11,7 @@ import torch
 from benchmarks import report, runner, schema, suites
 from benchmarks.jobs import Job, plan
 from benchmarks.models import MODELS
+from benchmarks.providers import PROVIDERS
 
 GPU_BUDGET, CPU_BUDGET = 480.0, 45.0
 INTERRUPTED = 130  # the exit status that a shell gives to Ctrl-C
@@ -31,7 +32,7 @@ def jobs_of(chosen: argparse.Namespace, device: str) -> list[Job]:
     ]
     if chosen.op and "model" not in chosen.op:
         models = []
-    jobs = plan(kept, models, chosen.providers, device)
+    jobs = plan(kept, models, chosen.providers or PROVIDERS, device)
     if not jobs:
         there = sorted({(p.op, p.dtype) for p in problems})
         raise Refused(

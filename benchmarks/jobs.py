@@ -79,14 +79,18 @@ class OpJob:
 
 @dataclass(frozen=True)
 class ModelJob:
-    """A training step of a model, as torch has it or after our surgery."""
+    """A training step of a model of this name, as torch has it or after our surgery."""
 
-    model: Model
+    name: str
     provider_name: str
     device: str
 
     family = "model"
     limit_s = SLOW_S
+
+    @property
+    def model(self) -> Model:
+        return models.MODELS[self.name]
 
     @property
     def rank(self) -> float:
@@ -103,7 +107,7 @@ class ModelJob:
         return models.blank(self.model, self.provider_name, self.device, note, ok=False)
 
     def __str__(self) -> str:
-        return f"model {self.model.name} {self.provider_name}"
+        return f"model {self.name} {self.provider_name}"
 
 
 def plan(
@@ -118,7 +122,7 @@ def plan(
         if any(PROVIDERS[name].serves(problem, mode) for mode in problem.modes)
     ]
     jobs += [
-        ModelJob(model, name, device)
+        ModelJob(model.name, name, device)
         for model in chosen
         for name in models.PROVIDERS
         # the steps of our surgery are one provider of the command line
