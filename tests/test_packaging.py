@@ -23,7 +23,8 @@ NAMES = """
     backend set_backend backends compile_policy functional
 """.split()
 FUNCTIONS = """
-    batch_norm mean_only_batch_norm layer_norm weight_norm gelu silu selu swish activation
+    batch_norm sync_batch_norm mean_only_batch_norm layer_norm weight_norm
+    gelu silu selu swish activation
 """.split()
 
 
