@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastnorm
+from fastnorm import dispatch
+from tests import emulation
 from tests.cases import CASES, Case
-from tests.compare import assert_as_good_as_torch
+from tests.compare import assert_as_good_as_torch, run
 
 PARAMETERS = [
     pytest.param(case, dtype, id=f"{case}-{str(dtype).removeprefix('torch.')}")
@@ -27,6 +30,31 @@ def test_case(case: Case, dtype: torch.dtype, backend: str, device: str) -> None
     assert shape_of is not None
     dy = case.dy(torch.empty(shape_of.shape, dtype=dtype)).to(device)
     assert_as_good_as_torch(case.ours, case.torchs, tensors, dy, f"{case} {backend}")
+
+
+# in order, in reverse, and two at random
+SCHEDULES = (0, 1, 2, 3)
+
+
+@pytest.mark.skipif(
+    not dispatch.emulating(), reason="a GPU chooses its schedule; here g++ compiled no kernels"
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_schedule_gives_the_same_bits(case: Case) -> None:
+    tensors = case.make(case.dtypes[0])
+    shape_of = tensors["v" if "v" in tensors else "x"]
+    assert shape_of is not None
+    dy = case.dy(torch.empty(shape_of.shape, dtype=case.dtypes[0]))
+    found = []
+    for seed in SCHEDULES:
+        emulation.schedule(seed)
+        with fastnorm.backend("cuda"):
+            found.append(run(case.ours, tensors, dy))
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, value in found[0].items():
+            bits, others = (t.flatten().view(torch.uint8) for t in (value, other[name]))
+            assert torch.equal(bits, others), f"{case} {name} depends on the schedule"
 
 
 def test_every_family_is_in_the_table() -> None:
