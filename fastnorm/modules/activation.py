@@ -28,7 +28,7 @@ class GELU(Scriptable, torch.nn.GELU):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
-            return leaf(self, input)  # type: ignore[no-any-return]
+            return leaf(self, input)
         return gelu(input, self.approximate)
 
 
@@ -45,7 +45,7 @@ class SiLU(Scriptable, torch.nn.SiLU):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
-            return leaf(self, input)  # type: ignore[no-any-return]
+            return leaf(self, input)
         return silu(input, self.inplace)
 
 
@@ -62,7 +62,7 @@ class SELU(Scriptable, torch.nn.SELU):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
-            return leaf(self, input)  # type: ignore[no-any-return]
+            return leaf(self, input)
         return selu(input, self.inplace)
 
 
@@ -120,7 +120,7 @@ class Swish(Scriptable, torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
-            return leaf(self, input)  # type: ignore[no-any-return]
+            return leaf(self, input)
         return swish(input, self.beta)
 
     def extra_repr(self) -> str:

@@ -50,7 +50,7 @@ class _BatchNorm(Scriptable, torch.nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy):
-            return leaf(self, input, residual)  # type: ignore[no-any-return]
+            return leaf(self, input, residual)
         weight, mean = self.weight, self.running_mean
         if (
             residual is None
@@ -223,7 +223,7 @@ class _MeanOnlyBatchNorm(Scriptable, torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
-            return leaf(self, input)  # type: ignore[no-any-return]
+            return leaf(self, input)
         if input.dim() not in self.dimensions:
             expected = " or ".join(f"{n}D" for n in self.dimensions)
             raise ValueError(f"expected {expected} input (got {input.dim()}D input)")

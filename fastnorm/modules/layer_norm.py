@@ -57,7 +57,7 @@ class LayerNorm(Scriptable, torch.nn.LayerNorm):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """activation(layer_norm(input + residual)), and with ``return_sum`` the sum as well."""
         if isinstance(input, Proxy):
-            return leaf(self, input, residual, return_sum or None)  # type: ignore[no-any-return]
+            return leaf(self, input, residual, return_sum or None)
         return layer_norm(
             input,
             self.normalized_shape,

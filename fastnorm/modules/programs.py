@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 Proxy = fx.Proxy
 
 
-def leaf(module: nn.Module, *inputs: Any) -> Any:
-    """A call of the layer as one node of a torch.fx graph, as the layers of torch.nn are."""
+def leaf(module: nn.Module, *inputs: Any) -> Tensor:
+    """A call of the layer as one node of a torch.fx graph, as the layers of torch.nn are: a Proxy,
+    which stands for the output."""
     tracer: Any = next(x for x in inputs if isinstance(x, Proxy)).tracer
     kind = type(tracer.root).__name__
     if "forward" in tracer.root.__dict__:
@@ -27,7 +27,8 @@ def leaf(module: nn.Module, *inputs: Any) -> Any:
         )
     while inputs and inputs[-1] is None:
         inputs = inputs[:-1]
-    return tracer.create_proxy("call_module", path, inputs, {})
+    output: Tensor = tracer.create_proxy("call_module", path, inputs, {})
+    return output
 
 
 class Scriptable:

@@ -29,7 +29,7 @@ class BatchNormAct2d(norm_act.BatchNormAct2d):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
-            return leaf(self, x)  # type: ignore[no-any-return]
+            return leaf(self, x)
         name = _folded(self)
         if name is None or x.dim() != 4:
             return super().forward(x)  # type: ignore[no-any-return]
@@ -42,7 +42,7 @@ class LayerNormAct(norm_act.LayerNormAct):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
-            return leaf(self, x)  # type: ignore[no-any-return]
+            return leaf(self, x)
         name = _folded(self)
         if name is None or self._fast_norm:
             return super().forward(x)  # type: ignore[no-any-return]

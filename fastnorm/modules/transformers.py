@@ -25,7 +25,7 @@ class _Activation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
-            return leaf(self, input)  # type: ignore[no-any-return]
+            return leaf(self, input)
         return activation(input, self.name)
 
 
