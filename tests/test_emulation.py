@@ -268,3 +268,13 @@ def test_nothing_is_said_of_the_healthy(engine: planted.Planted, kind: str) -> N
     result = run(kind, "healthy", ",".join(map(str, SEEDS)), *LINES)
     assert result.returncode == 0 and result.stderr == "", result.stdout + result.stderr
     assert len(result.stdout.splitlines()) == len(SEEDS) * len(LINES)
+
+
+# the kernels
+
+
+@pytest.mark.parametrize("kind", ["asan", "tsan"])
+def test_nothing_is_said_of_the_kernels(engine: planted.Planted, kind: str) -> None:
+    result = sanitize.sanitize(kind, seeds=[2], only=[])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"^seed 2: [1-9]\d* cases", result.stdout, re.MULTILINE)
