@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,9 +60,11 @@ def write_report(found: Sequence[Run], out: Path) -> list[Path]:
 def report_files(files: Sequence[str | Path], out: Path | None, ops: list[str] | None) -> int:
     """Print the tables of these results files, and write the report beside its pictures."""
     found = runs([read(path) for path in files], ops)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    seen = sys.stdout.isatty()
+    colour = seen and "NO_COLOR" not in os.environ
+    width = shutil.get_terminal_size().columns if seen else None
     for run in found:
-        print(terminal(run, colour), end="\n\n")
+        print(terminal(run, colour, width), end="\n\n")
     folder = out or Path("report", Path(files[0]).stem)
     for path in write_report(found, folder):
         print(f"wrote {path}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.report.lines import Line, Run, shape_text, time_text, timed
-from benchmarks.report.style import colour_of, legend, new_figure, title, to_png
+from benchmarks.report.style import colour_of, legend, new_figure, patches, title, to_png
 
 Groups = Sequence[tuple[str, Mapping[str, tuple[float, str]]]]  # name, provider -> bar and label
 
@@ -69,7 +69,8 @@ def models_picture(run: Run, lines: Sequence[Line]) -> bytes:
     right.set_xlabel("speed over torch's (and samples per second), higher is better")
     right.axvline(1, color="black", lw=1, ls=":")
     right.set_yticks([])
-    legend(figure, _drawn(colours, memory, speed), colours)
+    names = _drawn(colours, memory, speed)
+    legend(figure, patches(names, colours), names)
     title(figure, run, "Models: one training step")
     return to_png(figure)
 
@@ -85,6 +86,7 @@ def host_picture(run: Run, lines: Sequence[Line], name: str) -> bytes:
     colours = colour_of(run.providers)
     _bars(panels[0][0], groups, colours, 0.1)
     panels[0][0].set_xlabel("median host time of a call (µs), lower is better")
-    legend(figure, _drawn(colours, groups), colours)
+    names = _drawn(colours, groups)
+    legend(figure, patches(names, colours), names)
     title(figure, run, f"{name}: host time")
     return to_png(figure)

@@ -76,10 +76,10 @@ def _scale_bar(figure: Any, panels: Any) -> None:
     bar = figure.colorbar(
         ScalarMappable(norm, colours), ax=panels, extend="both", spacing="uniform", **place
     )
-    bar.set_ticks(STEPS, labels=STEP_NAMES)
+    bar.set_ticks(STEPS, labels=STEP_NAMES, fontsize=9)
     figure.supxlabel(
-        "their median time over ours. Red: fastnorm is slower; blue: fastnorm is faster; "
-        "(in brackets): within the p20-p80 noise; -: the other has no time",
+        "their median time over ours. Red: fastnorm is slower; blue: faster; (in brackets): within "
+        "the p20-p80 noise; -: the other has no time; empty: not measured",
         fontsize=10,
     )
 

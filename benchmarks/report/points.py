@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.report.lines import (
     DEVICE_MODES,
+    TIE,
     Line,
     Run,
     geometric_mean,
@@ -17,7 +18,7 @@ from benchmarks.report.lines import (
     size_text,
     timed,
 )
-from benchmarks.report.style import SCALE, colour_of, new_figure, step, title, to_png
+from benchmarks.report.style import SCALE, colour_of, legend, new_figure, step, title, to_png
 
 TICKS = (0.1, 0.25, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 
@@ -55,12 +56,22 @@ def _floor_panel(panel: Any, lines: Sequence[Line], colours: Mapping[str, tuple[
         panel.plot(x, y, color=colour, marker=marker, ms=6, label=provider, lw=width, zorder=order)
 
 
+def _size_limits(lines: Sequence[Line]) -> tuple[float, float]:
+    """The sizes with room on both sides, and never so near each other that no tick is between."""
+    sizes = [line.mebibytes for line in lines]
+    low, high = min(sizes) / 1.5, max(sizes) * 1.5
+    widen = max(1.0, math.sqrt(16 * low / high))
+    return low / widen, high * widen
+
+
 def floor_picture(run: Run, lines: Sequence[Line], name: str) -> bytes:
     """Floor fraction by size: variants from top to bottom, modes from left to right."""
     from matplotlib.ticker import FuncFormatter
 
     variants = sorted({line.variant for line in lines})
     modes = [mode for mode in DEVICE_MODES if any(line.mode == mode for line in lines)]
+    every = (row.floor_fraction or 0 for line in lines for row in line.rows.values())
+    highest = 1.05 * max(1.03, *every)
     height = 1.9 + 3.1 * len(variants)
     figure, panels = new_figure(len(variants), len(modes), height, sharex=True, sharey=True)
     colours = colour_of(run.providers)
@@ -71,9 +82,10 @@ def floor_picture(run: Run, lines: Sequence[Line], name: str) -> bytes:
             panel.set_title(f"{variant} {mode}".strip(), fontsize=11)
             panel.axhline(1, color="black", lw=1, ls=":")
             panel.set_xscale("log", base=2)
+            panel.set_xlim(*_size_limits(lines))
             panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: size_text(x)))
             panel.grid(alpha=0.25)
-            panel.set_ylim(0, max(1.08, panel.get_ylim()[1]))
+            panel.set_ylim(0, highest)
     for panel in panels[-1]:
         panel.set_xlabel("size of the input (points: shapes; lines: their medians)")
     for panel in panels[:, 0]:
@@ -85,22 +97,23 @@ def floor_picture(run: Run, lines: Sequence[Line], name: str) -> bytes:
     }
     names = [provider for provider in colours if provider in drawn]
     handles = [drawn[provider] for provider in names]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 8))
+    legend(figure, handles, names)
     title(figure, run, f"{name}: floor fraction by size, higher is better")
     return to_png(figure)
 
 
 def _strip(panel: Any, groups: Sequence[Sequence[Line]], which: str) -> None:
-    """One dot per line, coloured as in the heat maps, and a bar at the geometric mean."""
-    ratios = [
-        [one.ratio for line in group if (one := getattr(line, which)) is not None]
-        for group in groups
-    ]
-    for at, values in enumerate(ratios):
+    """One dot per line, coloured as in the heat maps, small where it is within the noise, and a bar
+    at the geometric mean."""
+    found = [[one for line in group if (one := getattr(line, which))] for group in groups]
+    ratios = [[one.ratio for one in group] for group in found]
+    for at, (group, values) in enumerate(zip(found, ratios, strict=True)):
         # dots of one group in five rows, so that equal ones do not hide each other
         heights = [at + 0.13 * (i % 5 - 2) for i in range(len(values))]
         colours = [SCALE[step(value)] for value in values]
-        panel.scatter(values, heights, s=26, c=colours, edgecolors="#555555", linewidths=0.5)
+        sizes = [9 if one.verdict == TIE else 30 for one in group]
+        edge = {"edgecolors": "#555555", "linewidths": 0.5, "zorder": 3}
+        panel.scatter(values, heights, s=sizes, c=colours, **edge)
         if mean := geometric_mean(values):
             panel.plot([mean, mean], [at - 0.42, at + 0.42], color="black", lw=2)
             panel.annotate(
@@ -137,7 +150,7 @@ def overview_picture(run: Run) -> bytes:
         panel.set_ylim(len(groups) - 0.5, -0.5)
     figure.supxlabel(
         "one dot per shape, variant and dtype; red: fastnorm is slower, blue: faster; "
-        "bar and number: geometric mean",
+        "small dot: within the p20-p80 noise; bar and number: geometric mean",
         fontsize=9.5,
     )
     title(figure, run, "Speed of fastnorm")

@@ -46,7 +46,7 @@ def _device(run: Run, path: Path, root: Path) -> list[str]:
     if others:
         told += [*markdown_table(SUMMARY, summary_rows(others), 3), "", SUMMARY_LEGEND, ""]
     if models:
-        one = table("models", models, run.providers)
+        one = table("models", models, run)
         rows = ([cell.text for cell in row] for row in one.rows)
         told += [f"Models: {one.unit}.", "", *markdown_table(one.header, rows, 4), ""]
     folder = path.parent

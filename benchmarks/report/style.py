@@ -10,19 +10,20 @@ from typing import Any
 
 from benchmarks.report.lines import Run
 
-# Okabe and Ito's colours, which every kind of sight tells apart, and a marker of its own for each
+# after Okabe and Ito, moved where two of them look alike to somebody (tests/test_report_pictures.py
+# measures that for every kind of sight); and a marker of its own for each
 COLOURS = {
     "torch": ("#4d4d4d", "s"),
-    "torch.compile": ("#999999", "D"),
+    "torch.compile": ("#a6a6a6", "D"),
     "fastnorm": ("#0072b2", "o"),
     "fastnorm-triton": ("#56b4e9", "v"),
     "fastnorm-cuda": ("#009e73", "^"),
     "liger-kernel": ("#e69f00", "P"),
     "quack-kernels": ("#d55e00", "X"),
-    "flag_gems": ("#cc79a7", "*"),
-    "inplace-abn": ("#a6761d", "h"),
+    "flag_gems": ("#c060a0", "*"),
+    "inplace-abn": ("#772200", "h"),
 }
-SPARE = (("#f0e442", "<"), ("#7570b3", ">"), ("#66a61e", "d"), ("#e7298a", "p"))
+SPARE = (("#9900ff", "<"), ("#000000", ">"), ("#440055", "d"), ("#aaff88", "p"))
 # our time against theirs, in steps that are as wide and as strong on both sides of 1
 STEPS = (1 / 2, 1 / 1.5, 1 / 1.25, 1 / 1.1, 1 / 1.02, 1.02, 1.1, 1.25, 1.5, 2.0)
 SCALE = (  # from slower than half to faster than twice
@@ -63,12 +64,17 @@ def title(figure: Any, run: Run, text: str) -> None:
     figure.suptitle(f"{text}\n{run.title}, {run.environment.timestamp[:10]}", fontsize=13)
 
 
-def legend(figure: Any, names: Sequence[str], colours: Mapping[str, tuple[str, str]]) -> None:
-    """The providers below the figure, each in its colour."""
+def legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """The providers below the figure, in as many columns as its width holds."""
+    column = 60 + 8 * max(map(len, names), default=0)  # pixels: a handle, and a letter each
+    columns = min(len(names), int(WIDTH * DPI) // column)
+    figure.legend(handles, names, loc="outside lower center", ncols=max(1, columns))
+
+
+def patches(names: Sequence[str], colours: Mapping[str, tuple[str, str]]) -> list[Any]:
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=colours[name][0], label=name) for name in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 9))
+    return [Patch(color=colours[name][0]) for name in names]
 
 
 def to_png(figure: Any) -> bytes:

@@ -16,6 +16,7 @@ from benchmarks.report.lines import (
     Run,
     geometric_mean,
     grouped,
+    interval,
     is_ours,
     shape_text,
     time_text,
@@ -32,7 +33,8 @@ LEGEND = (
 UNITS = {
     "host": "median host time of a call, µs",
     "step": "median time of a training step, ms, and peak memory, MiB",
-    "": "median device time, ms, and floor fraction",
+    "GPU": "median device time, ms, and floor fraction",
+    "CPU": "median wall clock on the CPU, ms, and floor fraction",
 }
 
 
@@ -65,6 +67,18 @@ def failure(row: Row) -> str:
     return "wrong" if "wrong" in told else "failed"
 
 
+def told(row: Row) -> str:
+    """What a timed row has beside its median: shown where the mouse rests on its cell."""
+    unit, factor = ("µs", 1e3) if row.mode == "host" else ("ms", 1.0)
+    low, high = (time_text(factor * end) for end in interval(row))
+    parts = [f"p20-p80 {low}-{high} {unit}"]
+    if row.error is not None and row.torch_error is not None:
+        parts.append(f"error {row.error:.1e}, torch's {row.torch_error:.1e}")
+    if row.peak_memory_mib is not None:
+        parts.append(f"peak memory {row.peak_memory_mib:.4g} MiB")
+    return "; ".join([*parts, row.note] if row.note else parts)
+
+
 def provider_cell(line: Line, provider: str) -> Cell:
     row = line.rows.get(provider)
     if row is None:
@@ -77,7 +91,7 @@ def provider_cell(line: Line, provider: str) -> Cell:
     elif row.mode != "host" and row.floor_fraction is not None:
         text += f" {row.floor_fraction:.2f}"
     other = None if is_ours(provider) else line.against(row)
-    return Cell(text, row.ms_median, other, row.note)
+    return Cell(text, row.ms_median, other, told(row))
 
 
 def against_cell(found: Against | None, named: bool = False) -> Cell:
@@ -89,16 +103,16 @@ def against_cell(found: Against | None, named: bool = False) -> Cell:
 
 def notes(rows: Iterable[Row]) -> list[str]:
     """Why rows have no time, and what else was noted, once each with the number of rows."""
-    told = Counter((row.provider, row.note or failure(row)) for row in rows if not timed(row))
-    told.update((row.provider, row.note) for row in rows if timed(row) and row.note)
+    found = Counter((row.provider, row.note or failure(row)) for row in rows if not timed(row))
+    found.update((row.provider, row.note) for row in rows if timed(row) and row.note)
     return [
-        f"{name}: {note} ({count} row{'s' * (count > 1)})" for (name, note), count in told.items()
+        f"{name}: {note} ({count} row{'s' * (count > 1)})" for (name, note), count in found.items()
     ]
 
 
-def table(title: str, lines: Sequence[Line], providers: Sequence[str]) -> Table:
+def table(title: str, lines: Sequence[Line], run: Run) -> Table:
     """Providers without a single time in these lines stand in the notes only."""
-    served = [p for p in providers if any(timed(line.rows.get(p)) for line in lines)]
+    served = [p for p in run.providers if any(timed(line.rows.get(p)) for line in lines)]
     header = ["variant", "shape", "layout", "dtype", "against torch", "against the best", *served]
     rows = []
     for line in lines:
@@ -113,14 +127,14 @@ def table(title: str, lines: Sequence[Line], providers: Sequence[str]) -> Table:
                 *(provider_cell(line, p) for p in served),
             ]
         )
-    unit = UNITS.get(lines[0].mode, UNITS[""])
+    unit = UNITS.get(lines[0].mode, UNITS[run.kind])
     every = [row for line in lines for row in line.rows.values()]
     return Table(title, unit, header, rows, notes(every))
 
 
 def tables(run: Run) -> list[Table]:
     groups = grouped(run.lines, "op", "mode")
-    return [table(f"{op}, {mode}", lines, run.providers) for (op, mode), lines in groups.items()]
+    return [table(f"{op}, {mode}", lines, run) for (op, mode), lines in groups.items()]
 
 
 def lost_to_failure(line: Line) -> bool:
@@ -192,9 +206,9 @@ def sentence(line: Line) -> str:
     where = f"{line.name}, {shape_text(line.shape)}, {line.layout}, {line.dtype}"
     best = line.best
     if best is not None:
-        return f"{where}: {best.ratio:.2f}x of {best.provider}"
-    told = {row.note or failure(row) for name, row in line.rows.items() if is_ours(name)}
-    return f"{where}: {'; '.join(sorted(told))}"
+        return f"{where}: {best.ratio:.2f}x the speed of {best.provider}"
+    why = {row.note or failure(row) for name, row in line.rows.items() if is_ours(name)}
+    return f"{where}: {'; '.join(sorted(why))}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> list[str]:

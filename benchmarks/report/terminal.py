@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from benchmarks.report.lines import LOSS, TIE, WIN, Run
@@ -21,11 +22,17 @@ from benchmarks.report.tables import (
 # blue and orange, which every kind of sight tells apart; bold for both
 STYLES = {WIN: "\033[1;38;5;33m", TIE: "", LOSS: "\033[1;38;5;208m"}
 BOLD, RESET = "\033[1m", "\033[0m"
+FIXED = 6  # columns before those of the providers
+PROSE = 100  # characters in a line of it where nobody says how wide the terminal is
+
+
+def _widths(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[int]:
+    return [max(len(name), *(len(row[i].text) for row in rows)) for i, name in enumerate(header)]
 
 
 def _aligned(header: Sequence[str], rows: Sequence[Sequence[Cell]], colour: bool) -> list[str]:
     """Columns as wide as their widest cell; numbers to the right, words to the left."""
-    widths = [max(len(name), *(len(row[i].text) for row in rows)) for i, name in enumerate(header)]
+    widths = _widths(header, rows)
     left = [all(isinstance(row[i].order, str) for row in rows) for i in range(len(header))]
     left = [
         is_left or name == "against the best" for is_left, name in zip(left, header, strict=True)
@@ -45,26 +52,47 @@ def _aligned(header: Sequence[str], rows: Sequence[Sequence[Cell]], colour: bool
     return lines
 
 
-def _table(one: Table, colour: bool) -> list[str]:
+def _columns(one: Table, width: int | None) -> list[int]:
+    """The columns that `width` characters hold: providers are left out from the right, other than
+    torch and fastnorm."""
+    kept = list(range(len(one.header)))
+    spare = [i for i in kept[FIXED:] if one.header[i] not in ("torch", "fastnorm")]
+    widths = _widths(one.header, one.rows)
+    while width is not None and spare and sum(widths[i] + 2 for i in kept) - 2 > width:
+        kept.remove(spare.pop())
+    return kept
+
+
+def _table(one: Table, colour: bool, width: int | None) -> list[str]:
     title = f"{BOLD}{one.title}{RESET}" if colour else one.title
-    body = _aligned(one.header, one.rows, colour)
-    return ["", f"{title}  ({one.unit})", *body, *(f"  {note}" for note in one.notes)]
+    kept = _columns(one, width)
+    rows = [[row[i] for i in kept] for row in one.rows]
+    lines = ["", f"{title}  ({one.unit})", *_aligned([one.header[i] for i in kept], rows, colour)]
+    hidden = [name for i, name in enumerate(one.header) if i not in kept]
+    if hidden:
+        lines.append(f"  too wide for this terminal, in report.md: {', '.join(hidden)}")
+    return [*lines, *(f"  {note}" for note in one.notes)]
 
 
-def terminal(run: Run, colour: bool = False) -> str:
-    """Every line of the run, a summary and the worst rows last, where the eye is."""
+def terminal(run: Run, colour: bool = False, width: int | None = None) -> str:
+    """Every line of the run, a summary and the worst rows last, where the eye is; in lines of
+    `width` characters, or as long as the tables are."""
+
+    def wrapped(text: str) -> list[str]:
+        return textwrap.wrap(text, width or PROSE)
+
     head = f"fastnorm benchmarks, {run.title}"
-    lines = [f"{BOLD}{head}{RESET}" if colour else head, run.versions, run.copy]
-    lines += [run.environment.note] if run.environment.note else []
-    lines += ["", LEGEND]
+    lines = [f"{BOLD}{head}{RESET}" if colour else head, *wrapped(run.versions), run.copy]
+    lines += wrapped(run.environment.note)
+    lines += ["", *wrapped(LEGEND)]
     for one in tables(run):
-        lines += _table(one, colour)
+        lines += _table(one, colour, width)
     rows = [
         [*map(Cell, row[:3], row[:3]), *(Cell(text, 0.0) for text in row[3:])]
         for row in summary_rows(run.lines)
     ]
     lines += ["", f"{BOLD}Summary{RESET}" if colour else "Summary", *_aligned(SUMMARY, rows, False)]
-    lines += ["", SUMMARY_LEGEND]
+    lines += ["", *wrapped(SUMMARY_LEGEND)]
     lost = worst(run)
     lines += [
         "",
