@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import fastnorm
-from benchmarks import providers
+from benchmarks import peers
 from benchmarks.schema import Environment
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +77,6 @@ def environment(device: str, copy_bandwidth_gbs: float, note: str = "") -> Envir
         dirty=dirty,
         timestamp=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         copy_bandwidth_gbs=round(copy_bandwidth_gbs, 1),
-        peers=providers.installed(),
+        peers=peers.installed(),
         note=note,
     )

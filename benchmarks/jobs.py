@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from benchmarks import models
+from benchmarks.calls import Provider
 from benchmarks.measure import Bench, blank
 from benchmarks.models import Model
 from benchmarks.problems import Problem
-from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.providers import PROVIDERS
 from benchmarks.schema import Row
 
 FAST_S, SLOW_S = 60.0, 150.0  # a job that takes longer hangs, and is ended

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks import correctness, timing
+from benchmarks.calls import Call, Provider
 from benchmarks.correctness import Oracle
 from benchmarks.floors import floor_bytes
 from benchmarks.ops import OPS, Tensors
-from benchmarks.problems import Problem
-from benchmarks.providers import PROVIDERS, Call, Provider
+from benchmarks.problems import DTYPES, Problem
+from benchmarks.providers import PROVIDERS
 from benchmarks.schema import Row
 
 
@@ -49,13 +50,16 @@ class Stage:
         with_gradients = self.problem.modes != ("forward",)
         self.oracle = Oracle(self.problem, self.tensors, dys, with_gradients)
         del result
-        self.torch_errors = correctness.errors(self.results(torchs, self.fresh()), self.oracle)
+        buffers = self.fresh()
+        torchs = PROVIDERS["torch"].bind(self.problem, buffers)
+        self.torch_errors = correctness.errors(self.results(torchs, buffers), self.oracle)
 
     def fresh(self) -> Tensors:
         """The same tensors with running statistics of their own, which every call moves."""
         return {n: t if t.requires_grad else t.clone() for n, t in self.tensors.items()}
 
     def results(self, call: Call, tensors: Tensors) -> dict[str, torch.Tensor]:
+        """Outputs, gradients and running statistics of the first call on these tensors."""
         result = call.forward()
         found = correctness.outputs_of(call.outputs(result))
         if self.oracle.with_gradients and call.backward is not None:
@@ -65,13 +69,15 @@ class Stage:
                 for name, g in zip(call.names, gradients, strict=True)
                 if g is not None
             }
-        return found
+        return found | {n: t for n, t in tensors.items() if not t.requires_grad}
 
-    def check(self, call: Call) -> tuple[float, float, str]:
-        """(error, torch's error, what is wrong): the largest over outputs and gradients."""
-        results = self.results(call, self.tensors)
+    def check(self, call: Call, tensors: Tensors) -> tuple[float, float, str]:
+        """(error, torch's error, what is wrong), the error being the largest, of a call that is
+        bound to these tensors."""
+        results = self.results(call, tensors)
         found = correctness.errors(results, self.oracle)
-        complaint = correctness.wrong(found, self.torch_errors, results)
+        dtype = DTYPES[self.problem.dtype]
+        complaint = correctness.wrong(found, self.torch_errors, results, dtype)
         worst = max(found, key=lambda name: found[name])
         return found[worst], self.torch_errors.get(worst, 0.0), complaint
 
@@ -111,8 +117,9 @@ class Bench:
         try:
             stage = self.stage(problem)
             with provider.active():
-                call = provider.bind(problem, stage.fresh())
-                error, torch_error, complaint = stage.check(call)
+                tensors = stage.fresh()
+                call = provider.bind(problem, tensors)
+                error, torch_error, complaint = stage.check(call, tensors)
                 if complaint:
                     row = blank(problem, modes[0], provider.name, complaint, ok=False)
                     row.error, row.torch_error = error, torch_error

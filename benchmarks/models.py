@@ -109,6 +109,7 @@ class Vocoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         for up, mix in zip(self.up, self.mix, strict=True):
+            assert isinstance(mix, nn.ModuleList)
             x = up(F.leaky_relu(x, 0.1))
             x = torch.stack([block(x) for block in mix]).mean(0)
         return torch.tanh(self.last(F.leaky_relu(x)))
@@ -234,7 +235,7 @@ def _gradients(module: nn.Module, x: Tensor) -> Tensor:
     """The loss and every gradient of a model as one vector in fp64."""
     module.zero_grad(set_to_none=True)
     loss = _loss(module, x)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     found = [p.grad.double().flatten() for p in module.parameters() if p.grad is not None]
     return torch.cat([loss.detach().double().reshape(1), *found])
 
@@ -272,7 +273,7 @@ def _row(model: Model, provider: str, device: str) -> Row:
             row.note = f"wrong result: error {row.error:.1e} (torch's is {row.torch_error:.1e})"
             return row
     if model.layout == "nhwc":
-        module = module.to(memory_format=torch.channels_last)
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     done = _surgery(module, provider)
     row.note = f"{source}; {done}" if done else source
     x = _inputs(model, device)
@@ -282,7 +283,7 @@ def _row(model: Model, provider: str, device: str) -> Row:
         module.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16, enabled=half):
             loss = _loss(module, x)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     steps, warmup = (STEPS, WARMUP) if device != "cpu" else (3, 1)
     found = timing.step_time(step, device, steps, warmup)

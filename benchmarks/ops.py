@@ -183,7 +183,7 @@ def weight_norm_layers(problem: Problem) -> list[tuple[tuple[int, ...], int]]:
 
 def _weight_norm_tensors(problem: Problem, device: str) -> Tensors:
     dtype = DTYPES[problem.dtype]
-    tensors = {}
+    tensors: Tensors = {}
     for i, (shape, dim) in enumerate(weight_norm_layers(problem)):
         lengths = tuple(n if j == dim else 1 for j, n in enumerate(shape))
         v = torch.randn(shape, dtype=dtype, device=device)

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from typing import cast
 
 from benchmarks.jobs import Job
 from benchmarks.schema import Environment, Row
@@ -21,6 +22,10 @@ START_S = 180.0  # importing torch on a cold disk, and the first copies
 
 class WorkerDied(RuntimeError):
     """The worker ended, or was ended, in the middle of a job."""
+
+
+class OutOfTime(RuntimeError):
+    """The run's time was over in the middle of a job."""
 
 
 def main(connection: Connection, device: str, note: str, quiet: bool) -> None:
@@ -82,15 +87,20 @@ class Worker:
         self.stop(kill=True)
         raise WorkerDied(f"{what} took longer than its limit and was ended")
 
-    def rows(self, job: Job) -> Iterator[tuple[str, Row]]:
-        """("row" or "missing", a row) of a job as they come; WorkerDied where there is no worker
-        any more, after which a new one has started with the next call."""
+    def rows(self, job: Job, until: float) -> Iterator[tuple[str, Row]]:
+        """("row" or "missing", a row) of a job as they come; OutOfTime when the run is over, and
+        WorkerDied where there is no worker any more: a new one starts with the next call."""
         if not self._process.is_alive():
             self._start()
-        deadline = time.monotonic() + job.limit_s
+        limit = time.monotonic() + job.limit_s
         self._connection.send(job)
         while True:
-            kind, row = self._receive(deadline, "the job")  # type: ignore[misc]
+            try:
+                kind, row = cast(tuple[str, Row], self._receive(min(limit, until), "the job"))
+            except WorkerDied:
+                if time.monotonic() >= until:
+                    raise OutOfTime from None
+                raise
             if kind == "done":
                 return
             yield kind, row

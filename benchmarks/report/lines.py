@@ -9,7 +9,11 @@ from pathlib import Path
 
 from benchmarks.schema import Environment, Results, ResultsError, Row, load
 
-PROVIDERS = ("torch", "torch.compile", "fastnorm-triton", "fastnorm-cuda", "fastnorm")  # then peers
+# in this order, then peers by name; "fastnorm-replaced" is a model before its layers are fused
+PROVIDERS = (
+    *("torch", "torch.compile", "fastnorm-triton", "fastnorm-cuda"),
+    *("fastnorm-replaced", "fastnorm"),
+)
 DEVICE_MODES = ("forward", "backward", "forward+backward")
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 WIN, TIE, LOSS = "faster", "within noise", "slower"

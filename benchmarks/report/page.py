@@ -79,7 +79,9 @@ def _colours() -> str:
 
 
 def _key() -> str:
-    names = [f"below {STEP_NAMES[0]}", *(f"from {name}" for name in STEP_NAMES)]
+    middle = len(STEP_NAMES) // 2
+    names = [f"≤ {name}" for name in STEP_NAMES[:middle]] + ["1"]
+    names += [f"≥ {name}" for name in STEP_NAMES[middle:]]
     spans = (f'<span class="s{i}">{name}</span>' for i, name in enumerate(names))
     return f'<div class="scale">{"".join(spans)}</div>'
 

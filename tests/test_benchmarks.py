@@ -1,0 +1,198 @@
+"""The benchmark suite: what it measures, how it counts bytes, and what it says to bad input."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import correctness, ops, suites
+from benchmarks.floors import floor_bytes
+from benchmarks.jobs import OpJob, plan
+from benchmarks.measure import Bench, Stage
+from benchmarks.models import MODELS
+from benchmarks.ops import OPS
+from benchmarks.peers import Peer
+from benchmarks.problems import Problem
+from benchmarks.providers import PROVIDERS
+
+# op, variant, shape, layout, dtype, forward, backward: counted by hand, tensor by tensor
+HAND_COUNTS = [
+    # x -> y, 2 * 205,520,896 elements of 2 bytes; x, dy -> dx
+    ("batch_norm", "plain", (256, 64, 112, 112), "nchw", "bfloat16", 822_083_584, 1_233_125_376),
+    ("batch_norm", "silu", (2, 3, 5, 7), "nhwc", "float32", 2 * 210 * 4, 3 * 210 * 4),
+    # x, residual -> y; x, dy -> dx: the residual's gradient is dy itself
+    ("batch_norm", "residual", (8, 16), "rows", "float16", 3 * 128 * 2, 3 * 128 * 2),
+    # x, residual -> y; x, residual, dy -> dx, dresidual
+    ("batch_norm", "residual+relu", (8, 16), "rows", "float16", 3 * 128 * 2, 5 * 128 * 2),
+    # x -> y; dy -> dx
+    ("mean_only_batch_norm", "plain", (4, 8, 2, 2), "nchw", "float32", 2 * 512, 2 * 512),
+    # x, weight, bias -> y; x, dy, weight -> dx, dweight, dbias
+    (
+        "layer_norm", "plain", (32, 10), "rows", "bfloat16",
+        2 * 320 * 2 + 2 * 20, 3 * 320 * 2 + 3 * 20,
+    ),
+    ("layer_norm", "last3", (2, 3, 4, 5), "rows", "float32", 960 + 480, 1440 + 720),
+    # x, residual, weight, bias -> y, sum; sum, dy, dsum, weight -> dx, dweight, dbias
+    ("layer_norm", "residual", (32, 10), "rows", "float32", 5120 + 80, 5120 + 120),
+    # v -> w; v, dw -> dv
+    ("weight_norm", "dim0", (64, 32), "flat", "float32", 2 * 8192, 3 * 8192),
+    # x -> y; x, dy -> dx
+    ("activation", "gelu", (1 << 10,), "flat", "bfloat16", 4096, 6144),
+    ("activation", "swish", (1 << 10,), "flat", "float32", 8192, 12288),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op, variant, shape, layout, dtype, forward, backward", HAND_COUNTS)
+def test_floor_against_hand_count(
+    op: str, variant: str, shape: tuple[int, ...], layout: str, dtype: str, forward: int,
+    backward: int,
+) -> None:  # fmt: skip
+    problem = Problem(op, variant, shape, layout, dtype)
+    assert floor_bytes(problem, "forward") == forward
+    assert floor_bytes(problem, "backward") == backward
+    assert floor_bytes(problem, "forward+backward") == forward + backward
+    assert floor_bytes(problem, "host") is None
+
+
+def test_every_op_has_a_hand_count() -> None:
+    assert {row[0] for row in HAND_COUNTS} == set(OPS)
+
+
+def small(problem: Problem) -> Problem:
+    """The same problem with few elements: batch and sides cut down, channels left alone."""
+    if problem.op == "weight_norm":
+        if problem.variant == "hifigan":
+            return problem
+        return replace(problem, shape=tuple(min(n, 12) for n in problem.shape))
+    shape = list(problem.shape)
+    if problem.op == "layer_norm":
+        dims = 3 if problem.variant == "last3" else 1
+        shape[:-dims] = [min(n, 3) for n in shape[:-dims]]
+        shape[-dims:] = [min(n, 40) for n in shape[-dims:]]
+    else:
+        shape = [min(n, 6) for n in shape]
+    return replace(problem, shape=tuple(shape))
+
+
+def every_kind() -> list[Problem]:
+    """One small problem of each op, variant, layout and dtype that a suite on a GPU has."""
+    names = [name for name in suites.NAMES if name != suites.MODELS]
+    found: dict[tuple[str, ...], Problem] = {}
+    for problem in suites.problems(names, "cuda"):
+        key = (problem.op, problem.variant, problem.layout, problem.dtype)
+        found.setdefault(key, small(problem))
+    return [p for p in found.values() if p.variant != "hifigan"]
+
+
+@pytest.mark.parametrize("problem", every_kind(), ids=str)
+def test_ours_computes_what_torch_does(problem: Problem) -> None:
+    problem = replace(problem, modes=("forward", "backward"))
+    stage = Stage(problem, "cpu")
+    tensors = stage.fresh()
+    call = PROVIDERS["fastnorm"].bind(problem, tensors)
+    error, torch_error, complaint = stage.check(call, tensors)
+    assert complaint == ""
+    assert math.isfinite(error)
+    assert math.isfinite(torch_error)
+
+
+def test_a_wrong_result_is_not_timed() -> None:
+    problem = Problem("activation", "silu", (64,), "flat", "float32")
+
+    class Wrong(type(PROVIDERS["torch"])):  # type: ignore[misc]
+        def bind(self, problem, tensors):  # type: ignore[no-untyped-def]
+            return super().bind(replace(problem, variant="gelu"), tensors)
+
+    (row,) = Bench("cpu").rows(problem, Wrong("wrong"))
+    assert not row.ok
+    assert row.ms_median is None
+    assert row.note.startswith("wrong result: ")
+    assert row.error is not None
+    assert row.error > 0.01
+
+
+def test_running_statistics_are_checked() -> None:
+    problem = Problem("batch_norm", "plain", (4, 3, 2, 2), "nchw", "float32")
+
+    class Forgetful(type(PROVIDERS["torch"])):  # type: ignore[misc]
+        def bind(self, problem, tensors):  # type: ignore[no-untyped-def]
+            kept = {n: t if t.requires_grad else t.clone() for n, t in tensors.items()}
+            return super().bind(problem, kept)
+
+    (row,) = Bench("cpu").rows(problem, Forgetful("forgetful"))
+    assert not row.ok
+    assert "running_mean" in row.note
+    assert "running_var" in row.note
+
+
+def test_oracle_in_parts_is_the_oracle_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for problem in every_kind():
+        stage = Stage(replace(problem, modes=("forward", "backward")), "cpu")
+        whole = stage.torch_errors
+        monkeypatch.setattr(correctness, "PART", problem.numel // 2)
+        tensors = stage.fresh()
+        oracle = correctness.Oracle(stage.problem, stage.tensors, stage.oracle.dys)
+        results = stage.results(PROVIDERS["torch"].bind(stage.problem, tensors), tensors)
+        parts = correctness.errors(results, oracle)
+        monkeypatch.undo()
+        assert parts.keys() == whole.keys()
+        for name, error in parts.items():
+            assert error == pytest.approx(whole[name], rel=0.3, abs=1e-9), (problem, name)
+
+
+def test_rows_of_a_problem() -> None:
+    problem = Problem("layer_norm", "plain", (64, 32), "rows", "float32")
+    bench = Bench("cpu")
+    rows = list(bench.rows(problem, PROVIDERS["torch"]))
+    assert [row.mode for row in rows] == ["forward", "backward"]
+    for row in rows:
+        assert row.ok
+        assert row.ms_p20 is not None
+        assert row.ms_p80 is not None
+        assert 0 < row.ms_p20 <= row.ms_median <= row.ms_p80
+        assert row.floor_fraction == pytest.approx(
+            bench.copies.milliseconds(row.floor_bytes) / row.ms_median
+        )
+    (host,) = bench.rows(replace(problem, modes=("host",)), PROVIDERS["fastnorm"])
+    assert host.mode == "host"
+    assert host.floor_bytes is None
+
+
+@pytest.mark.parametrize("suite", suites.NAMES)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_suites_plan_important_jobs_first(suite: str, device: str) -> None:
+    models = MODELS.values() if suite == suites.MODELS else []
+    jobs = plan(suites.problems([suite], device), models, PROVIDERS, device)
+    if suite != "kernelbench" or device == "cuda":
+        assert jobs
+    assert [job.rank for job in jobs] == sorted(job.rank for job in jobs)
+    for job in jobs:
+        if isinstance(job, OpJob):
+            assert job.problem.variant in OPS[job.problem.op].variants
+            assert job.problem.layout in OPS[job.problem.op].layouts
+
+
+def test_every_adapter_names_a_problem_that_exists() -> None:
+    for provider in PROVIDERS.values():
+        if isinstance(provider, Peer):
+            for op, variant, _ in provider.adapters:
+                assert variant in OPS[op].variants, provider.name
+
+
+def test_a_peer_that_is_not_installed_says_so() -> None:
+    peer = Peer("nobody", package="a_package_that_nobody_has")
+    assert peer.missing("cuda") == "nobody is not installed"
+    for provider in PROVIDERS.values():
+        if isinstance(provider, Peer):
+            assert provider.missing("cpu") is not None
+
+
+def test_hifigan_is_the_generator_of_the_models() -> None:
+    shapes = [
+        tuple(p.shape)
+        for name, p in MODELS["hifigan_v1"].build()[1].named_parameters()
+        if name.endswith("original1")
+    ]
+    assert sorted(shapes) == sorted(ops.HIFIGAN)

@@ -1,0 +1,237 @@
+"""The benchmarks' command line, its results file, and a run that something goes wrong in."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import command, runner, schema
+from benchmarks.__main__ import main, parser
+from benchmarks.calls import Call, Provider
+from benchmarks.environment import environment
+from benchmarks.jobs import Job, OpJob
+from benchmarks.ops import Tensors
+from benchmarks.problems import Problem
+from benchmarks.schema import ResultsError, Row
+
+# the results file
+
+
+def a_row(**others: object) -> Row:
+    return Row("activation", "gelu", "forward", [4], "flat", "float32", "torch", **others)  # type: ignore[arg-type]
+
+
+def an_environment() -> schema.Environment:
+    return environment("cpu", 12.34, "a test")
+
+
+def test_environment_of_a_copy_without_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTNORM_COMMIT", "0123abc-dirty")
+    found = an_environment()
+    assert (found.commit, found.dirty) == ("0123abc", True)
+    assert found.on_cpu
+    assert found.device.startswith("CPU ")
+
+
+def test_every_append_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    schema.save(schema.Results(an_environment()), path)
+    assert schema.load(path).rows == []
+    for i in range(3):
+        schema.append(path, a_row(ms_median=float(i), error=math.nan))
+        rows = schema.load(path).rows
+        assert [row.ms_median for row in rows] == [float(n) for n in range(i + 1)]
+        assert rows[-1].error is None  # JSON has no NaN
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("not JSON", "is not JSON"),
+        ("[]", "names no schema"),
+        ('{"schema": 2}', "is of schema 2; this version reads schema 1"),
+        ('{"schema": 1, "rows": 3}', "has no list of rows"),
+        ('{"schema": 1, "environment": {}, "rows": []}', "lacks .*its fields are device, driver"),
+    ],
+)
+def test_a_file_of_another_schema(text: str, message: str) -> None:
+    with pytest.raises(ResultsError, match=message):
+        schema.parse(text, "there")
+
+
+def test_a_row_with_an_unknown_mode(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    schema.save(schema.Results(an_environment(), [a_row()]), path)
+    path.write_text(path.read_text().replace('"forward"', '"sideways"'))
+    with pytest.raises(ResultsError, match="mode 'sideways': choose one of forward, backward"):
+        schema.load(path)
+
+
+def test_append_refuses_a_file_that_was_edited(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    schema.save(schema.Results(an_environment()), path)
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(ResultsError, match="edited by hand"):
+        schema.append(path, a_row())
+
+
+# the command line
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "--suite", "slow"], "unknown 'slow': choose from quick, ops, models"),
+        (["run", "--op", "group_norm"], "unknown 'group_norm': choose from batch_norm"),
+        (["run", "--providers", "torch,apexx"], "unknown 'apexx': choose from torch, fastnorm"),
+        (["run", "--dtype", "int8"], "unknown 'int8': choose from float32"),
+        (["run", "--budget", "-1"], "is not a positive number of seconds"),
+        (["tune", "--op", "group_norm", "--shape", "4"], "choose from"),
+        (["walk"], "choose from"),
+    ],
+)
+def test_an_unknown_name_lists_the_choices(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_results_file_is_never_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.json"
+    out.write_text("mine")
+    assert main(["run", "--device", "cpu", "--out", str(out)]) == 2
+    assert "exists: a measurement is never overwritten" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+
+
+def test_nothing_to_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "--suite", "host", "--device", "cpu", "--op", "mean_only_batch_norm"]
+    assert main([*arguments, "--out", str(tmp_path / "r.json")]) == 2
+    assert "it has activation in float32, batch_norm in float32" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--device", "cuda", "--out", str(tmp_path / "r.json")]) == 2
+    assert "torch sees no CUDA device here" in capsys.readouterr().err
+
+
+def test_jobs_of_the_filters() -> None:
+    chosen = parser().parse_args(["run", "--op", "layer_norm", "--providers", "torch,fastnorm"])
+    jobs = command.jobs_of(chosen, "cpu")
+    assert {job.family for job in jobs} == {"layer_norm"}
+    assert {job.provider_name for job in jobs} == {"torch", "fastnorm"}
+
+
+# a run that something goes wrong in
+
+
+@dataclass(frozen=True)
+class Crashing(Provider):
+    def bind(self, problem: Problem, tensors: Tensors) -> Call:
+        os._exit(3)
+
+
+@dataclass(frozen=True)
+class Raising(Provider):
+    def bind(self, problem: Problem, tensors: Tensors) -> Call:
+        raise ValueError("no such kernel\nand a trace that nobody wants in a table")
+
+
+@dataclass(frozen=True)
+class Absent(Provider):
+    def missing(self, device: str) -> str | None:
+        return "it is on holiday"
+
+
+def test_a_provider_that_fails_costs_one_row(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    problems = [
+        Problem("activation", name, (256,), "flat", "float32", ("forward",))
+        for name in ("gelu", "silu")
+    ]
+    given = ["torch", Crashing("crashing"), Raising("raising"), Absent("absent"), "fastnorm"]
+    jobs = [OpJob(problem, provider) for problem in problems for provider in given]
+    assert runner.run(jobs, "cpu", 100.0, out, "a test") == []
+    results = schema.load(out)
+    assert results.environment.note == "a test"
+    assert results.environment.copy_bandwidth_gbs > 0
+    found = [(row.variant, row.provider, row.ok) for row in results.rows]
+    assert found == [
+        ("gelu", "torch", True), ("gelu", "crashing", False), ("gelu", "raising", False),
+        ("gelu", "absent", False), ("gelu", "fastnorm", True),
+        ("silu", "torch", True), ("silu", "crashing", False), ("silu", "raising", False),
+        ("silu", "fastnorm", True),  # who is missing is said once for each op
+    ]  # fmt: skip
+    notes = {row.provider: row.note for row in results.rows}
+    assert notes["crashing"] == "its process died: exit status 3"
+    assert notes["raising"] == "ValueError: no such kernel"
+    assert notes["absent"] == "missing: it is on holiday"
+
+
+class Worker:
+    """Stands in for the process that measures: what `script` says of each job, in order."""
+
+    script: list[Any]
+
+    def __init__(self, device: str, note: str, quiet: bool) -> None:
+        self.environment = environment(device, 1.0, note)
+        self.stopped: list[bool] = []
+
+    def rows(self, job: Job, until: float) -> Iterator[tuple[str, Row]]:
+        what = self.script.pop(0)
+        if isinstance(what, float):
+            time.sleep(what)
+            what = None
+        if what is not None:
+            raise what
+        yield "row", a_row()
+
+    def stop(self, kill: bool = False) -> None:
+        self.stopped.append(kill)
+
+
+JOBS = [OpJob(Problem("activation", "gelu", (4,), "flat", "float32"), "torch") for _ in range(4)]
+
+
+def test_an_interrupted_run_leaves_a_valid_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Worker, "script", [None, None, KeyboardInterrupt()], raising=False)
+    monkeypatch.setattr(runner, "Worker", Worker)
+    out = tmp_path / "r.json"
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(JOBS, "cpu", 100.0, out)
+    assert len(schema.load(out).rows) == 2
+
+
+def test_a_run_ends_with_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Worker, "script", [None, 0.2], raising=False)
+    monkeypatch.setattr(runner, "Worker", Worker)
+    out = tmp_path / "r.json"
+    assert runner.run(JOBS, "cpu", 0.1, out) == JOBS[2:]
+    assert len(schema.load(out).rows) == 2
+
+
+def test_a_job_that_the_budget_cuts_off_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = [None, runner.OutOfTime(), None, None]
+    monkeypatch.setattr(Worker, "script", script, raising=False)
+    monkeypatch.setattr(runner, "Worker", Worker)
+    out = tmp_path / "r.json"
+    assert runner.run(JOBS, "cpu", 100.0, out) == [JOBS[1]]
+    assert [row.ok for row in schema.load(out).rows] == [True] * 3
