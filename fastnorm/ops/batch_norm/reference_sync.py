@@ -15,9 +15,10 @@ def _dims(x: Tensor) -> list[int]:
 
 
 def batch_norm_statistics(x: Tensor) -> Tensor:
-    var, mean = torch.var_mean(wide(x), _dims(x), correction=0)
-    count = mean.new_full((1,), x.numel() // x.size(1))
-    return torch.cat([mean, var * count, count])
+    v = wide(x)
+    mean = v.mean(_dims(x))  # not var_mean, which makes NaN of an infinite mean
+    m2 = (v - channelwise(mean, x)).square().sum(_dims(x))
+    return torch.cat([mean, m2, mean.new_full((1,), x.numel() // x.size(1))])
 
 
 def batch_norm_merge(

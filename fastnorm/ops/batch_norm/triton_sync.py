@@ -113,9 +113,10 @@ def merge_ranks_kernel(
         tl.store(count_ptr, total)
     # fewer than two values have no unbiased variance: no channel of the running ones moves
     moved = tl.where(total > 1.0, C, 0)
+    values = tl.maximum(total, 2.0)
     store_statistics(
         mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, num_batches_tracked_ptr,
-        merged, var, var, group, moved, total, momentum, momentum_tail,
+        merged, var, var, group, moved, values, momentum, momentum_tail,
         True, UPDATE_MEAN, UPDATE_VAR, TRACK, CUMULATIVE, BLOCK_C, WIDE,
     )  # fmt: skip
     if TRACK:
