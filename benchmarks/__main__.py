@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import command, report, suites
+from benchmarks import command, report, suites, tune
 from benchmarks.ops import OPS
 from benchmarks.problems import DTYPES
 from benchmarks.providers import PROVIDERS
@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", required=True)
     _add_run(commands)
     report.register(commands)
+    tune.register(commands, seconds)
     return made
 
 

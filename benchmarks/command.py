@@ -6,19 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from benchmarks import report, runner, schema, suites
 from benchmarks.jobs import Job, plan
 from benchmarks.models import MODELS
 from benchmarks.providers import PROVIDERS
+from benchmarks.refused import Refused, device_of
 
 GPU_BUDGET, CPU_BUDGET = 480.0, 45.0
 INTERRUPTED = 130  # the exit status that a shell gives to Ctrl-C
-
-
-class Refused(ValueError):
-    """Something was asked for that is not there."""
 
 
 def jobs_of(chosen: argparse.Namespace, device: str) -> list[Job]:
@@ -42,13 +37,6 @@ def jobs_of(chosen: argparse.Namespace, device: str) -> list[Job]:
     return jobs
 
 
-def _device(asked: str | None) -> str:
-    available = torch.cuda.is_available()
-    if asked == "cuda" and not available:
-        raise Refused("--device cuda: torch sees no CUDA device here; --device cpu runs on the CPU")
-    return asked or ("cuda" if available else "cpu")
-
-
 def _told(out: Path, left_out: list[Job], budget: float) -> None:
     """Where the results are, what is not among them, and what to do next."""
     if left_out:
@@ -65,7 +53,7 @@ def _told(out: Path, left_out: list[Job], budget: float) -> None:
 def run(chosen: argparse.Namespace) -> int:
     """Measure; the exit status."""
     try:
-        device = _device(chosen.device)
+        device = device_of(chosen.device)
         jobs = jobs_of(chosen, device)
         if chosen.out.exists():
             raise Refused(f"{chosen.out} exists: a measurement is never overwritten; name another")

@@ -1,0 +1,168 @@
+"""What can be turned in our kernels: the constants of their launchers, and launch options.
+
+The library chooses by closed rules and has no options of its own for this. A candidate sets some of
+the numbers those rules are made of, for as long as it is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from benchmarks.problems import Problem
+
+FORWARD, BACKWARD = ("forward", "forward+backward"), ("backward", "forward+backward")
+BOTH = ("forward", "backward", "forward+backward")
+OPTIONS = "launch options"  # in the place of a module: what Triton compiles and launches with
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A number that a launcher reads, and the values worth trying."""
+
+    name: str
+    module: str
+    values: tuple[int, ...]
+    modes: tuple[str, ...] = BOTH
+
+    def default(self) -> int | None:
+        """What the launcher says now; None for a launch option, which every kernel has its own
+        of."""
+        if self.module == OPTIONS:
+            return None
+        found: int = getattr(importlib.import_module(self.module), self.name)
+        return found
+
+    def obstacle(self) -> str | None:
+        """Why it cannot be turned in this version and on this machine; None where it can."""
+        if self.module == OPTIONS:
+            from fastnorm.dispatch import interpreting
+
+            return "the interpreter has no launch options" if interpreting() else None
+        try:
+            self.default()
+        except (ImportError, AttributeError) as error:
+            return f"this version has no such constant ({error})"
+        return None
+
+
+_PLAN = "fastnorm.ops.batch_norm.plan"
+_LAYER_NORM = "fastnorm.ops.layer_norm.triton"
+_WEIGHT_NORM = "fastnorm.ops.weight_norm.triton"
+_WARPS = Knob("num_warps", OPTIONS, (4, 8, 16))
+_PLANES = (
+    Knob("OWNER_TILES", _PLAN, (0, 2, 4, 8, 16)),  # 0: tickets; many: one owner of a channel
+    Knob("TILE_BYTES", _PLAN, (8192, 16384, 32768)),
+    _WARPS,
+    Knob("GROUP_BYTES", _PLAN, (512, 1024, 4096)),
+)
+_BATCH_NORM_CUDA = "fastnorm.ops.batch_norm.cuda"
+
+KNOBS: dict[tuple[str, str], tuple[Knob, ...]] = {
+    ("batch_norm", "triton"): _PLANES,
+    ("mean_only_batch_norm", "triton"): _PLANES,
+    ("layer_norm", "triton"): (
+        # rows in registers up to here, by chunks beyond
+        Knob("FORWARD_COLS", _LAYER_NORM, (0, 4096, 16384, 32768), FORWARD),
+        Knob("BACKWARD_COLS", _LAYER_NORM, (0, 4096, 8192, 16384), BACKWARD),
+        _WARPS,
+        Knob("BLOCK", _LAYER_NORM, (2048, 4096, 8192), FORWARD),
+        Knob("CHUNK", _LAYER_NORM, (8192, 16384, 32768), FORWARD),
+        Knob("BACKWARD_BLOCK", _LAYER_NORM, (512, 1024, 2048), BACKWARD),
+        Knob("GROUP", _LAYER_NORM, (8, 16, 32), BACKWARD),
+    ),
+    ("weight_norm", "triton"): (
+        Knob("SPLIT_FROM", _WEIGHT_NORM, (1 << 14, 1 << 17, 1 << 62)),  # the last: one launch
+        Knob("HELD_ELEMENTS", _WEIGHT_NORM, (4096, 8192, 16384)),
+        Knob("LOOP_ELEMENTS", _WEIGHT_NORM, (2048, 4096, 8192)),
+        _WARPS,
+        Knob("MAX_SPLITS", _WEIGHT_NORM, (16, 64, 256)),
+    ),
+    ("activation", "triton"): (
+        Knob("BLOCK_BYTES", "fastnorm.ops.activation.triton", (4096, 8192, 16384, 32768)),
+        _WARPS,
+    ),
+    ("batch_norm", "cuda"): (
+        Knob("FORM", _BATCH_NORM_CUDA, (-1, 1, 2, 3, 4)),  # -1: the rule; see csrc/batch_norm.h
+        Knob("BATCHES", _BATCH_NORM_CUDA, (0, 1, 2, 4, 8)),  # of a tile; 0: the rule
+    ),
+}
+KNOBS["mean_only_batch_norm", "cuda"] = KNOBS["batch_norm", "cuda"]
+
+Changes = tuple[tuple[str, int], ...]  # (knob, value) of each that is not at its default
+
+
+def knobs(problem: Problem, backend: str) -> tuple[Knob, ...]:
+    """The knobs of a problem; Swish with a learnable beta is cut as batch norm is."""
+    if problem.variant == "swish" and backend == "triton":
+        return _PLANES
+    return KNOBS.get((problem.op, backend), ())
+
+
+def candidates(chosen: Iterable[Knob], mode: str) -> list[Changes]:
+    """Every combination of values for a mode, those that change little first: the default, each
+    knob alone, two together, ..."""
+    usable = [k for k in chosen if mode in k.modes and k.obstacle() is None]
+    values = [(None, *(v for v in k.values if v != k.default())) for k in usable]
+    found = [
+        tuple((k.name, v) for k, v in zip(usable, row, strict=True) if v is not None)
+        for row in itertools.product(*values)
+    ]
+    return sorted(found, key=len)
+
+
+def label(changes: Changes) -> str:
+    return ", ".join(f"{name}={value}" for name, value in changes) or "as it is"
+
+
+def _forget_plans(module: ModuleType) -> None:
+    for function in vars(module).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+@contextlib.contextmanager
+def _constant(knob: Knob, value: int) -> Iterator[None]:
+    module = importlib.import_module(knob.module)
+    before = getattr(module, knob.name)
+    setattr(module, knob.name, value)
+    _forget_plans(module)
+    try:
+        yield
+    finally:
+        setattr(module, knob.name, before)
+        _forget_plans(module)
+
+
+@contextlib.contextmanager
+def _launch_option(name: str, value: int) -> Iterator[None]:
+    kind: Any = importlib.import_module("triton.runtime.jit").JITFunction
+    before = kind.run
+
+    def run(self: Any, *arguments: Any, **given: Any) -> Any:
+        return before(self, *arguments, **{**given, name: value})
+
+    kind.run = run
+    try:
+        yield
+    finally:
+        kind.run = before
+
+
+@contextlib.contextmanager
+def applied(chosen: Iterable[Knob], changes: Changes) -> Iterator[None]:
+    """These values in the place of the launchers' own."""
+    by_name = {knob.name: knob for knob in chosen}
+    with contextlib.ExitStack() as stack:
+        for name, value in changes:
+            knob = by_name[name]
+            if knob.module == OPTIONS:
+                stack.enter_context(_launch_option(name, value))
+            else:
+                stack.enter_context(_constant(knob, value))
+        yield
