@@ -112,6 +112,7 @@ def model_rows(seed: int = 0) -> Iterator[Row]:
         for provider, speed, memory in (
             ("torch", 1.0, 1.0),
             ("torch.compile", 1.2, 0.8),
+            ("fastnorm-replaced", 1.1, 0.85),
             ("fastnorm", 1.3, 0.7),
         ):
             row = Row("model", name, "step", shape, "nchw", dtype, provider)
@@ -134,3 +135,40 @@ def cpu_results() -> Results:
         ):
             rows.append(row)
     return Results(CPU, rows)
+
+
+LINES = {"won": [2, 3, 4, 4], "tied": [4, 3, 4, 4], "lost": [8, 3, 4, 4], "failed": [16, 3, 4, 4]}
+
+
+def small_row(which: str, provider: str, median: float | None, spread: float = 0.01) -> Row:
+    """A row of that line; without a median it failed."""
+    found = Row("batch_norm", "plain", "forward", LINES[which], "nchw", "float32", provider)
+    if median is None:
+        found.ok, found.note = False, "RuntimeError: out of luck"
+        return found
+    found.ms_median = median
+    found.ms_p20, found.ms_p80 = median * (1 - spread), median * (1 + spread)
+    found.floor_bytes, found.floor_fraction = 8 * 16 * 3 * LINES[which][0], 0.5 / median
+    return found
+
+
+def _small_rows() -> list[Row]:
+    host = Row("batch_norm", "plain", "host", [2, 3, 4, 4], "nchw", "float32", "torch", 0.0075)
+    return [
+        small_row("won", "torch", 2.0),
+        small_row("won", "torch.compile", 1.0),
+        small_row("won", "fastnorm", 0.5),
+        small_row("tied", "torch", 1.0, 0.1),
+        small_row("tied", "fastnorm", 1.05, 0.1),
+        small_row("lost", "torch", 1.0),
+        small_row("lost", "torch.compile", None),
+        small_row("lost", "fastnorm", 2.0),
+        small_row("failed", "torch", 1.0),
+        small_row("failed", "fastnorm", None),
+        host,
+    ]
+
+
+def small_results(environment: Environment = GPU) -> Results:
+    """Five lines whose tables can be counted by hand."""
+    return Results(environment, _small_rows())

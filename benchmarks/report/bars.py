@@ -44,7 +44,7 @@ def _drawn(colours: Mapping[str, Any], *every: Groups) -> list[str]:
 
 
 def models_picture(run: Run, lines: Sequence[Line]) -> bytes:
-    """Peak memory and throughput of training steps."""
+    """Peak memory, where it is known, and throughput of training steps."""
     memory: list[tuple[str, dict[str, tuple[float, str]]]] = []
     speed: list[tuple[str, dict[str, tuple[float, str]]]] = []
     for line in lines:
@@ -60,15 +60,17 @@ def models_picture(run: Run, lines: Sequence[Line]) -> bytes:
                 text = f"{base / row.ms_median:.2f}x" + (f", {each:,.4g}/s" if each else "")
                 ratios[provider] = (base / row.ms_median, text)
         speed.append((name, ratios))
-    figure, panels = new_figure(1, 2, max(_height(memory), _height(speed)))
+    counted = any(values for _, values in memory)  # on a CPU nobody counts memory
+    figure, panels = new_figure(1, 1 + counted, max(_height(memory), _height(speed)))
     colours = colour_of(run.providers)
-    left, right = panels[0]
-    _bars(left, memory, colours, 0.2)
-    _bars(right, speed, colours, 0.35)
-    left.set_xlabel("peak memory of a training step (MiB), lower is better")
+    left, right = panels[0][0], panels[0][-1]
+    _bars(right, speed, colours, 0.35 if counted else 0.2)
     right.set_xlabel("speed over torch's (and samples per second), higher is better")
     right.axvline(1, color="black", lw=1, ls=":")
-    right.set_yticks([])
+    if counted:
+        right.set_yticks([])
+        _bars(left, memory, colours, 0.2)
+        left.set_xlabel("peak memory of a training step (MiB), lower is better")
     names = _drawn(colours, memory, speed)
     legend(figure, patches(names, colours), names)
     title(figure, run, "Models: one training step")
