@@ -1,0 +1,136 @@
+"""`python -m benchmarks report --readme`: README.md says what benchmarks/results/ holds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+from benchmarks.report import readme
+from benchmarks.report.readme import BEGIN, END, NO_GPU
+from benchmarks.schema import Environment, Results, ResultsError, save
+from tests import made_up
+
+ROOT = Path(__file__).parents[1]
+COUNTED = "| batch_norm | nchw | forward | 4 | 0.48 | 1.24x | 0.98x | 0.50x torch | 1 / 1 / 1 and 1"
+
+
+def test_readme_agrees_with_the_results() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, inside, _ = readme.between_markers(text)
+    assert inside == readme.readme_table(ROOT), "run: python -m benchmarks report --readme"
+    for link in re.findall(r"\]\(([^)]+)\)", inside):
+        assert (ROOT / link).is_file(), f"README.md links {link}, which is not there"
+    found = readme.newest(ROOT)
+    for path, results in found.values():
+        commit = results.environment.commit
+        assert path.name in inside and commit[:10] in inside and results.environment.torch in inside
+    measured_on_gpu = any(not results.environment.on_cpu for _, results in found.values())
+    assert (NO_GPU in inside) != measured_on_gpu
+
+
+def put(root: Path, environment: Environment, name: str = "first.json") -> Path:
+    path = root / readme.RESULTS / environment.slug / name
+    save(made_up.small_results(environment), path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    text = f"# A title\n\n{BEGIN}\nold words\n{END}\n\nThe end.\n"
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def section(root: Path) -> str:
+    before, inside, after = readme.between_markers((root / "README.md").read_text(encoding="utf-8"))
+    assert (before, after) == ("# A title\n\n", "\n\nThe end.\n"), "the rest is untouched"
+    return inside
+
+
+def test_without_results_it_says_so(root: Path) -> None:
+    assert readme.rewrite(root)
+    assert section(root) == f"\n{NO_GPU}\n"
+
+
+def test_a_cpu_file_is_headed_as_cpu(root: Path) -> None:
+    put(root, made_up.CPU)
+    readme.rewrite(root)
+    inside = section(root)
+    assert inside.index(NO_GPU) < inside.index("### CPU: Made-up processor") < inside.index(COUNTED)
+    assert "GPU:" not in inside and "with uncommitted changes" in inside
+
+
+def test_a_gpu_stands_before_a_cpu_and_apart_from_it(root: Path) -> None:
+    put(root, made_up.CPU)
+    path = put(root, made_up.GPU)
+    (path.parent / "overview.png").write_bytes(b"")
+    (path.parent / "models.png").write_bytes(b"")
+    readme.rewrite(root)
+    inside = section(root)
+    assert NO_GPU not in inside
+    assert inside.count(COUNTED) == 2
+    gpu, cpu = inside.split("### CPU: Made-up processor")
+    assert "### GPU: Made-up H100" in gpu and "driver 580.00, CUDA 13.0" in gpu
+    assert "(benchmarks/results/made-up-h100/overview.png)" in gpu
+    assert "[models](benchmarks/results/made-up-h100/models.png)" in gpu
+    assert "Every row: [first.json](benchmarks/results/made-up-h100/first.json)." in gpu
+    assert "H100" not in cpu
+
+
+def test_rewriting_twice_changes_nothing_and_an_edit_is_seen(root: Path) -> None:
+    put(root, made_up.GPU)
+    assert readme.rewrite(root) and not readme.rewrite(root)
+    path = root / "README.md"
+    edited = path.read_text(encoding="utf-8").replace("1.24x", "1.42x")
+    path.write_text(edited, encoding="utf-8")
+    assert section(root) != readme.readme_table(root)
+    assert readme.rewrite(root) and section(root) == readme.readme_table(root)
+
+
+def test_newest_file_of_a_device_counts_whatever_it_is_called(root: Path) -> None:
+    new = replace(made_up.GPU, timestamp="2026-05-05T00:00:00Z", torch="2.99.0")
+    put(root, new, "a.json")
+    put(root, made_up.GPU, "b.json")
+    readme.rewrite(root)
+    assert "torch 2.99.0" in section(root) and "b.json" not in section(root)
+
+
+def test_models_have_a_table_of_their_own(root: Path) -> None:
+    path = root / readme.RESULTS / made_up.GPU.slug / "models.json"
+    save(Results(made_up.GPU, list(made_up.model_rows())), path)
+    inside = readme.readme_table(root)
+    assert "Models: median time of a training step, ms, and peak memory, MiB." in inside
+    assert inside.count("| ResNet-50 |") == 1 and "| model |" not in inside
+
+
+def test_the_command_draws_pictures_and_writes_the_section(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the [bench] extra")
+    path = put(root, made_up.CPU)
+    stale = path.parent / "of-an-older-file.png"
+    stale.write_bytes(b"")
+    assert report.report_readme(root) == 0
+    assert "README.md is rewritten" in capsys.readouterr().out
+    assert not stale.exists() and (path.parent / "overview.png").stat().st_size > 1000
+    assert f"({readme.RESULTS.as_posix()}/{made_up.CPU.slug}/overview.png)" in section(root)
+    assert report.report_readme(root) == 0
+    assert "README.md is as the results say" in capsys.readouterr().out
+
+
+def test_a_file_in_the_folder_of_another_device_is_refused(root: Path) -> None:
+    path = root / readme.RESULTS / "made-up-h200" / "first.json"
+    save(made_up.small_results(), path)
+    with pytest.raises(ResultsError, match=r"is of 'Made-up H100': its folder is .*made-up-h100"):
+        readme.readme_table(root)
+
+
+@pytest.mark.parametrize("text", ["nothing", f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
+def test_a_readme_without_its_markers_is_refused(root: Path, text: str) -> None:
+    (root / "README.md").write_text(text, encoding="utf-8")
+    with pytest.raises(ResultsError, match=r"README.md must have <!-- benchmarks:begin -->"):
+        readme.rewrite(root)
