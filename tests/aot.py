@@ -35,13 +35,14 @@ from triton.runtime import JITFunction, driver
 from fastnorm import dispatch, functional
 from fastnorm.ops import launch
 from fastnorm.ops.activation import NAMES
+from fastnorm.ops.batch_norm import sync
 
 CAPABILITIES = (80, 90, 100)
 PROCESSORS = 132
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WIDE_ACCESS = re.compile(r"(?:\.v4\.[bf]32|\.v2\.[bf]64|\.v8\.[bf]32|\.v4\.[bf]64)\b")
 # they read a few numbers per channel or row: nothing there is worth 16 bytes
-NARROW = {"finalize_kernel"}
+NARROW = {"finalize_kernel", "merge_ranks_kernel"}
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,11 @@ class Report:
         if not self.loads:
             return "no 16-byte load"
         # some write one sum per column or channel and nothing else: the first of two launches over
-        # columns, and mean-only's backward in eval mode, where dx is dy
-        sums = self.kernel.startswith("columns_") or (
-            self.job.startswith("mean_only") and self.kernel == "backward_pass_kernel"
+        # columns, mean-only's backward in eval mode, where dx is dy, and what synchronised batch
+        # norm tells other processes
+        sums = self.kernel.startswith(("columns_", "statistics_")) or (
+            self.job.startswith(("mean_only", "synchronised"))
+            and self.kernel == "backward_pass_kernel"
         )
         if not self.stores and not sums:
             return "no 16-byte store"
@@ -149,6 +152,23 @@ def mean_only(layout: str, dtype: torch.dtype, training: bool) -> None:
     differentiate(lambda x, b: functional.mean_only_batch_norm(x, mean, b, training), x, bias)
 
 
+def synchronised(layout: str, dtype: torch.dtype, activation: str | None) -> None:
+    """What comes before and after the two collectives of synchronised batch norm."""
+    x, ranks = planes(layout)(dtype), 4
+    residual = None if activation is None else torch.empty_like(x)
+    weight, bias, running_mean, running_var = (
+        torch.empty(x.size(1), dtype=dtype) for _ in range(4)
+    )
+    statistics = sync._statistics(x)
+    gathered = statistics.expand(ranks, -1).contiguous()
+    tracked = torch.empty((), dtype=torch.long)
+    mean, var, count = sync._merge(gathered, running_mean, running_var, tracked, None)
+    given = x, torch.empty_like(x), residual, weight, bias, mean, var
+    f = activation or "identity"
+    sums = torch.cat(sync._reduce(*given, f))
+    sync._apply(*given, sums, count, f, activation is not None)
+
+
 def layer_norm(rows: int, cols: int, dtype: torch.dtype, activation: str | None) -> None:
     x = torch.empty(rows, cols, dtype=dtype)
     weight, bias = (torch.empty(cols, dtype=dtype) for _ in range(2))
@@ -194,6 +214,8 @@ def jobs(full: bool) -> Iterator[Job]:
                     continue  # in eval mode they differ from nchw in numbers alone
                 for activation in fused if full or (training and layout == "nchw") else ("silu",):
                     yield job(batch_norm, layout, dtype, activation, training, aligned=aligned)
+                    if training:
+                        yield job(synchronised, layout, dtype, activation, aligned=aligned)
                 if full or (layout in ("nchw", "nhwc") and dtype == torch.float32):
                     yield job(mean_only, layout, dtype, training, aligned=aligned)
             if full or layout in ("nchw", "nhwc"):

@@ -15,7 +15,8 @@ from tests.conftest import HAS_TRITON
 
 ROOT = Path(__file__).parent.parent
 JOBS = (
-    "batch_norm-nchw-float16-silu", "batch_norm-nchw-tiny-float16", "activation_alone-gelu-float32",
+    "batch_norm-nchw-float16-silu", "synchronised-nchw-float16-silu",
+    "batch_norm-nchw-tiny-float16", "activation_alone-gelu-float32",
     "swish-nchw-float32-True", "layer_norm-4096-1024-float16", "layer_norm-512-40960-float16",
     "layer_norm-4-262144-float16", "weight_norm-(512,1152)-0-float16",
     "weight_norm-(512,1152)-1-float16",
