@@ -12,7 +12,7 @@ from torch import Tensor
 def dense(x: Tensor) -> Tensor:
     """x itself where it covers its storage without gaps or overlaps, else a compact copy in the
     same order."""
-    return x if _is_dense(x) else x.clone(memory_format=torch.preserve_format)
+    return x if x.is_contiguous() or _is_dense(x) else x.clone(memory_format=torch.preserve_format)
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -61,13 +61,11 @@ def restride(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 def channels_last(x: Tensor) -> bool:
     """Whether batch norm's output for x is channels_last (2-d) or channels_last_3d: x is, and is
     not contiguous too."""
+    if x.is_contiguous():
+        return False
     if x.dim() == 4:
-        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return (
-        x.dim() == 5
-        and x.is_contiguous(memory_format=torch.channels_last_3d)
-        and not x.is_contiguous()
-    )
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def planes_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -100,6 +98,8 @@ def planes(x: Tensor) -> Tensor | None:
 def to_planes(x: Tensor) -> Tensor:
     """x itself where a kernel reads it in place ([N, C, S] with channels or positions adjacent),
     else a dense copy."""
+    if x.is_contiguous() or channels_last(x):
+        return x
     view = planes(x)
     if view is not None:
         channels_adjacent = view.stride(1) == 1 and view.size(1) > 1

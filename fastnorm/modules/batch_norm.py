@@ -8,38 +8,42 @@ import torch
 from torch import Tensor
 
 from fastnorm import dispatch
+from fastnorm.modules.attributes import read
 from fastnorm.modules.programs import Proxy, Scriptable, leaf
 from fastnorm.ops.activation import check_name
 from fastnorm.ops.batch_norm import batch_norm, mean_only_batch_norm
 
 
-def _statistics(module: Any) -> dict[str, Any]:
-    """What a layer's mode and buffers mean for one forward, as torch's layers read them."""
-    tracks = module.training and module.track_running_stats
-    use = not module.training or module.track_running_stats
-    missing = module.running_mean is None and getattr(module, "running_var", None) is None
-    return {
-        "running_mean": module.running_mean if use else None,
-        "training": module.training or missing,
-        "num_batches_tracked": module.num_batches_tracked if tracks else None,
-        "momentum": module.momentum,
-    }
+def _statistics(module: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
+    """(running mean, running variance, batches so far, batch statistics?): what a layer's mode and
+    buffers mean for one forward, as torch's layers read them."""
+    training, tracks, buffers = module.training, module.track_running_stats, module._buffers
+    mean, var = read(module, buffers, "running_mean"), read(module, buffers, "running_var")
+    batch_stats = training or (mean is None and var is None)
+    if training and not tracks:
+        return None, None, None, True
+    count = read(module, buffers, "num_batches_tracked") if training else None
+    return mean, var, count, batch_stats
 
 
 def fused(
     module: Any, input: Tensor, activation: str | None, residual: Tensor | None = None
 ) -> Tensor:
     """batch_norm with a layer's parameters, buffers and mode."""
-    use = not module.training or module.track_running_stats
+    mean, var, count, batch_stats = _statistics(module)
+    parameters = module._parameters
     return batch_norm(
         input,
-        running_var=module.running_var if use else None,
-        weight=module.weight,
-        bias=module.bias,
-        eps=module.eps,
+        mean,
+        var,
+        read(module, parameters, "weight"),
+        read(module, parameters, "bias"),
+        batch_stats,
+        module.momentum,
+        module.eps,
+        num_batches_tracked=count,
         activation=activation,
         residual=residual,
-        **_statistics(module),
     )
 
 
@@ -51,15 +55,12 @@ class _BatchNorm(Scriptable, torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy):
             return leaf(self, input, residual)
-        weight, mean = self.weight, self.running_mean
-        if (
-            residual is None
-            and self.activation is None
-            and dispatch.native("batch_norm", input)
-            and not (self.momentum is None and torch.compiler.is_compiling())
-            and (weight is None or mean is None or weight.dtype is mean.dtype)
-        ):
-            return super().forward(input)
+        if residual is None and self.activation is None and dispatch.native("batch_norm", input):
+            weight, mean = self.weight, self.running_mean
+            if not (self.momentum is None and torch.compiler.is_compiling()) and (
+                weight is None or mean is None or weight.dtype is mean.dtype
+            ):
+                return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         return fused(self, input, self.activation, residual)
 
@@ -227,7 +228,11 @@ class _MeanOnlyBatchNorm(Scriptable, torch.nn.Module):
         if input.dim() not in self.dimensions:
             expected = " or ".join(f"{n}D" for n in self.dimensions)
             raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
-        return mean_only_batch_norm(input, bias=self.bias, **_statistics(self))
+        mean, _, count, batch_stats = _statistics(self)
+        bias = read(self, self._parameters, "bias")
+        return mean_only_batch_norm(
+            input, mean, bias, batch_stats, self.momentum, num_batches_tracked=count
+        )
 
     def extra_repr(self) -> str:
         return (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnorm.modules import batch_norm
+from fastnorm.modules.programs import Proxy
 from fastnorm.ops.batch_norm.sync import check_group, sync_batch_norm
 from fastnorm.surgery.edits import Edits, apply, check_model, swap, untouchable
 
@@ -93,7 +94,7 @@ class SyncBatchNorm(batch_norm._BatchNormAct):
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not self.training:
+        if not self.training or isinstance(input, Proxy):
             return super().forward(input, residual)
         self._check_input_dim(input)
         tracks = self.track_running_stats
@@ -109,6 +110,13 @@ class SyncBatchNorm(batch_norm._BatchNormAct):
             num_batches_tracked=self.num_batches_tracked if tracks else None,
             activation=self.activation,
             residual=residual,
+        )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            "TorchScript has no collectives, and with them no SyncBatchNorm: fastnorm.restore_("
+            "model) gives back the layers that convert_sync_batchnorm changed; torch.jit.trace and "
+            "torch.export take the model in eval mode as it is"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -22,28 +21,53 @@ def _implementation(family: str, backend: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"fastnorm.ops.{family}.{backend}"), name)  # type: ignore[no-any-return]
 
 
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels launch on the current device: make it the tensor's."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
-
-
 def _as_tuple(outputs: Any) -> tuple[Any, ...]:
     if outputs is None:  # an op that works in place
         return ()
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
+_alive = torch._C._functorch.unwrap_if_dead
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether torch's dispatcher, given these, would do nothing but come back to us: no trace, mode
+    or profiler wants to see the op, no subclass, and no tensor stands for other data than its own.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        or tensors[0].is_meta  # type: ignore[union-attr]
+    ):
+        return False
+    for x in tensors:  # noqa: SIM110  (a generator takes longer)
+        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
+            return False
+    return True
+
+
+def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """function.apply, without what it does at every call for torch.func, which never comes here
+    (dispatch.transformed)."""
+    if torch.compiler.is_compiling():
+        return function.apply(*inputs)
+    return super(torch.autograd.Function, function).apply(  # type: ignore[misc]
+        *[_alive(x) if type(x) is Tensor else x for x in inputs]
+    )
+
+
 def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) -> Any:
-    """Define ``torch.ops.fastnorm.<name>`` and return its overload.
+    """Define ``torch.ops.fastnorm.<name>`` and return what calls it: its overload, or the backend
+    itself where torch's dispatcher would add nothing but time.
 
     ``allocate(*inputs)`` returns the outputs (a tensor, a tuple of tensors and Nones, or None for
     an op in place) that ``fastnorm/ops/<family>/
     <backend>.py``'s function ``<name>(*inputs, *outputs)`` fills; it is the fake implementation as
     well, so fake and real cannot disagree. The reference backend alone is called as
     ``<name>(*inputs)`` and returns ATen's own tensors. The first input is the tensor whose device
-    decides.
+    decides; tensors come before everything else.
     """
 
     def run(*inputs: Any) -> Any:
@@ -53,14 +77,23 @@ def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) 
         if backend == "reference":
             return implementation(*inputs)
         outputs = allocate(*inputs)
-        with _on_device_of(x):
-            implementation(*inputs, *_as_tuple(outputs))
+        given = _as_tuple(outputs)
+        if x.is_cuda and x.get_device() != torch._C._cuda_getDevice():
+            with torch.cuda.device(x.device):  # kernels launch on the current one
+                implementation(*inputs, *given)
+        else:
+            implementation(*inputs, *given)
         return outputs
+
+    def call(*inputs: Any) -> Any:
+        return run(*inputs) if _unobserved(inputs[:tensors]) else overload(*inputs)
 
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastnorm::{name}", allocate, lib=LIBRARY)
-    return getattr(torch.ops.fastnorm, name).default
+    overload = getattr(torch.ops.fastnorm, name).default
+    tensors = sum("Tensor" in str(argument.type) for argument in overload._schema.arguments)
+    return call
 
 
 def differentiable_backward(

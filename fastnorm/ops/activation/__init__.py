@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastnorm import dispatch, layout
 from fastnorm.ops.activation import reference
-from fastnorm.ops.registry import differentiable_backward, register
+from fastnorm.ops.registry import apply, differentiable_backward, register
 
 NAMES = tuple(reference.ACTIVATIONS)
 _GELU = {"none": "gelu", "tanh": "gelu_tanh", "sigmoid": "gelu_sigmoid"}
@@ -189,13 +189,13 @@ def _activation(input: Tensor, name: str, inplace: bool = False) -> Tensor:
     # copied outside the Function, where autograd sees it: what a Function saves must be what it was
     # given
     if not inplace:
-        return ActivationFunction.apply(layout.dense(input), name)  # type: ignore[no-any-return,no-untyped-call]
+        return apply(ActivationFunction, layout.dense(input), name)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and input.requires_grad:
         if input.is_leaf:
             raise RuntimeError(
                 "a leaf Variable that requires grad is being used in an in-place operation."
             )
-        return InplaceActivationFunction.apply(input.clone(), input, name)  # type: ignore[no-any-return,no-untyped-call]
+        return apply(InplaceActivationFunction, input.clone(), input, name)  # type: ignore[no-any-return]
     with torch.no_grad():
         _forward_(input, input, name)
     return input
@@ -339,5 +339,5 @@ def swish(input: Tensor, beta: Tensor | float = 1.0) -> Tensor:
     x = layout.dense(input)
     if beta.numel() > 1 and not layout.canonical(x):
         x = x.contiguous()
-    result: Tensor = SwishFunction.apply(x, beta.contiguous())  # type: ignore[no-untyped-call]
+    result: Tensor = apply(SwishFunction, x, beta.contiguous())
     return result

@@ -11,7 +11,7 @@ from fastnorm import dispatch, layout
 from fastnorm.ops.activation import check_name
 from fastnorm.ops.activation.reference import wide_dtype
 from fastnorm.ops.batch_norm import reference
-from fastnorm.ops.registry import differentiable_backward, register
+from fastnorm.ops.registry import apply, differentiable_backward, register
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -214,13 +214,15 @@ def _served(
     batch, its error."""
     if not (x.dim() >= 2 and x.is_floating_point() and x.numel() > 0):
         return False
-    if batch_stats and x.numel() == x.size(1):
+    channels, device = x.size(1), x.device
+    if batch_stats and x.numel() == channels:
         return False
-    shape = (x.size(1),)
-    return all(
-        p is None or (p.shape == shape and p.device == x.device and p.is_floating_point())
-        for p in parameters
-    )
+    for p in parameters:
+        if p is not None and not (
+            p.dim() == 1 and p.size(0) == channels and p.device == device and p.is_floating_point()
+        ):
+            return False
+    return True
 
 
 def check_parameters(x: Tensor, **parameters: Tensor | None) -> None:
@@ -348,10 +350,11 @@ def batch_norm(
         num_batches_tracked = None
     rest = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
     f = name if inside else "identity"
-    if dispatch.transformed():
+    if not torch_can and dispatch.transformed():  # what `native` says no to is not
         y = reference.traced(input, residual if inside else None, weight, bias, *rest, f)
         return y if inside else reference.finish(y, residual, name)
-    y = BatchNormFunction.apply(  # type: ignore[no-untyped-call]
+    y = apply(
+        BatchNormFunction,
         layout.to_planes(input),
         layout.match(residual, layout.planes_like(input))
         if inside and residual is not None
@@ -438,7 +441,8 @@ def mean_only_batch_norm(
             with torch.no_grad():
                 reference.mean_only_statistics(input, running_mean, num_batches_tracked, momentum)
         return reference.mean_only_composite(input, bias, None if training else running_mean)
-    y: Tensor = MeanOnlyBatchNormFunction.apply(  # type: ignore[no-untyped-call]
+    y: Tensor = apply(
+        MeanOnlyBatchNormFunction,
         layout.to_planes(input),
         bias,
         running_mean,

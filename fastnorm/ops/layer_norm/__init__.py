@@ -3,7 +3,6 @@ kernel each way."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +12,17 @@ from torch import Tensor
 
 from fastnorm import dispatch
 from fastnorm.ops.activation import check_name
+from fastnorm.ops.activation.reference import wide_dtype
 from fastnorm.ops.layer_norm import reference
-from fastnorm.ops.registry import differentiable_backward, register
+from fastnorm.ops.registry import apply, differentiable_backward, register
 
 # the outputs, and what an op of this family looks like to torch
 
 
 def _row_major(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.dtype == dtype and x.is_contiguous():  # what every keyword costs is not needed then
+        return torch.empty_like(x)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _forward_outputs(
@@ -34,9 +36,8 @@ def _forward_outputs(
     dtype: torch.dtype,
     want_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    rows = math.prod(x.shape[: x.dim() - dims])
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean = torch.empty(rows, dtype=wide, device=x.device)
+    rows = x.shape[: x.dim() - dims].numel()
+    mean = x.new_empty(rows, dtype=wide_dtype(x))
     total = _row_major(x, x.dtype) if want_sum else None
     return _row_major(x, dtype), mean, torch.empty_like(mean), total
 
@@ -102,33 +103,32 @@ class LayerNormFunction(torch.autograd.Function):
             x, residual, weight, bias, dims, eps, activation, dtype, want_sum
         )
         ctx.set_materialize_grads(False)
-        ctx.dims, ctx.eps, ctx.activation = dims, eps, activation
+        ctx.settings = dims, eps, activation
         ctx.save_for_backward(x if residual is None else total, weight, bias, mean, rstd)
         return y, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
+        dims, eps, activation = ctx.settings
         rest = (None, None, None, None, None)
         needs = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], *ctx.needs_input_grad[2:4]]
         if dy is None:  # only the sum was used
             dx, dweight, dbias = dsum, None, None
         elif torch.is_grad_enabled():
-            shape = list(x.shape[x.dim() - ctx.dims :])
+            shape = list(x.shape[x.dim() - dims :])
 
             def composite(
                 x: Tensor, weight: Tensor | None, bias: Tensor | None
             ) -> tuple[Tensor, ...]:
-                y = reference.composite(x, weight, bias, shape, ctx.eps, ctx.activation).to(
-                    dy.dtype
-                )
+                y = reference.composite(x, weight, bias, shape, eps, activation).to(dy.dtype)
                 return (y,) if dsum is None else (y, x * 1)
 
             gradients = (dy,) if dsum is None else (dy, dsum)
             dx, dweight, dbias = differentiable_backward(composite, (x, weight, bias), gradients)
         else:
             dx, dweight, dbias = _backward(
-                x, dy, dsum, weight, bias, mean, rstd, ctx.dims, ctx.activation, needs
+                x, dy, dsum, weight, bias, mean, rstd, dims, activation, needs
             )
         return (
             dx if ctx.needs_input_grad[0] else None,
@@ -144,18 +144,16 @@ def _check(
 ) -> None:
     """Raise torch's own error for what torch rejects too, and say which device is the odd one
     out."""
-    last = input.dim() - len(shape)
-    well_formed = (
-        shape and last >= 0 and list(input.shape[last:]) == shape and input.is_floating_point()
-    )
+    last, device = input.shape[-len(shape) :], input.device
+    well_formed = shape and list(last) == shape and input.is_floating_point()
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             continue
-        well_formed = well_formed and list(parameter.shape) == shape
-        if parameter.device != input.device:
+        well_formed = well_formed and parameter.shape == last
+        if parameter.device != device:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but input is on "
-                f"{input.device} and {name} is on {parameter.device}"
+                f"{device} and {name} is on {parameter.device}"
             )
     if not well_formed:
         F.layer_norm(input, shape, weight, bias, eps)
@@ -247,7 +245,7 @@ def layer_norm(
     _check(input, shape, weight, bias, eps)
     dtype = output_dtype(input, autocast)
     arguments = (input, residual, weight, bias, len(shape), float(eps), name, dtype, return_sum)
-    y, sum = LayerNormFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+    y, sum = apply(LayerNormFunction, *arguments)
     return (y, input if residual is None else sum) if return_sum else y
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import dispatch
-from fastnorm.ops.registry import differentiable_backward, register
+from fastnorm.ops.registry import apply, differentiable_backward, register
 from fastnorm.ops.weight_norm import reference
 
 
@@ -197,5 +197,5 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0, eps: float | None = N
         return _native(v, g, dim, eps)
     # made contiguous here and not in the Function: double backward must find the way back to a
     # strided v
-    w: Tensor = WeightNormFunction.apply(v.contiguous(), g.contiguous(), dim, eps)  # type: ignore[no-untyped-call]
+    w: Tensor = apply(WeightNormFunction, v.contiguous(), g.contiguous(), dim, eps)
     return w
