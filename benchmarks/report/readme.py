@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from benchmarks.report.lines import Run, runs
@@ -20,6 +21,15 @@ RESULTS = Path("benchmarks", "results")
 NO_GPU = (
     "**No GPU has been measured yet**: there is no results file of one in `benchmarks/results/`."
 )
+ON_CPU = (
+    "Measured on a CPU, where fastnorm calls torch's own functions: the table shows what the call "
+    "itself costs, and how much this machine's times scatter. It says nothing about a GPU."
+)
+WIDTH = 120  # characters in a line of the README
+
+
+def _prose(text: str) -> list[str]:
+    return [*textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False), ""]
 
 
 def newest(root: Path) -> dict[str, tuple[Path, Results]]:
@@ -40,11 +50,12 @@ def _device(run: Run, path: Path, root: Path) -> list[str]:
     """Heading, summary, models, pictures and caption of one device."""
     told = [f"### {run.title}", ""]
     if run.environment.on_cpu:
-        told += ["On a CPU fastnorm is torch's own functions: this shows that nothing is lost.", ""]
+        told += _prose(ON_CPU)
+    told += _prose(run.environment.note) if run.environment.note else []
     models = run.of("step")
     others = [line for line in run.lines if line.mode != "step"]
     if others:
-        told += [*markdown_table(SUMMARY, summary_rows(others), 3), "", SUMMARY_LEGEND, ""]
+        told += [*markdown_table(SUMMARY, summary_rows(others), 3), "", *_prose(SUMMARY_LEGEND)]
     if models:
         one = table("models", models, run)
         rows = ([cell.text for cell in row] for row in one.rows)
@@ -56,12 +67,9 @@ def _device(run: Run, path: Path, root: Path) -> list[str]:
         told += [f"![Speed of fastnorm, {run.title}]({link}/{OVERVIEW})", ""]
     more = [f"[{name.removesuffix('.png')}]({link}/{name})" for name in there if name != OVERVIEW]
     if more:
-        told += ["Pictures: " + ", ".join(more) + ".", ""]
-    told += [
-        f"{run.title}; {run.versions}; {run.copy}. Every row: [{path.name}]({link}/{path.name}).",
-        "",
-    ]
-    return told
+        told += _prose("Pictures: " + ", ".join(more) + ".")
+    every = f"Every row: [{path.name}]({link}/{path.name})."
+    return [*told, *_prose(f"{run.title}; {run.versions}; {run.copy}. {every}")]
 
 
 def readme_table(root: Path) -> str:
