@@ -251,6 +251,12 @@ def _members(process_group: Any) -> tuple[int, str] | None:
     """(processes, name) of a group, the whole world's for None; None where there is nobody to ask:
     no group was initialised, it has one process, this process is outside it."""
     if not (dist.is_available() and dist.is_initialized()):
+        if process_group is not None:
+            raise RuntimeError(
+                "synchronised batch norm: its process_group does not exist any more, because "
+                "torch.distributed is not initialised: call init_process_group and set a group "
+                "made since then, or set process_group to None for batch norm in one process"
+            )
         return None
     group: Any = dist.group.WORLD if process_group is None else process_group
     ranks = dist.get_world_size(group)
@@ -329,7 +335,8 @@ def sync_batch_norm(
             one of the two running statistics without the other.
         TypeError: ``process_group`` is not one.
         RuntimeError: a parameter of another size or device; a residual that cannot be added; a
-            group that cannot carry tensors of this device; use under torch.func.
+            group that cannot carry tensors of this device, or that was destroyed; use under
+            torch.func.
         NotImplementedError: ``input`` is not floating point.
 
     Source: Ioffe & Szegedy, Batch Normalization, 2015, https://arxiv.org/abs/1502.03167; the
