@@ -7,6 +7,7 @@
 #include <string>
 
 #include "activation.h"
+#include "batch_norm.h"
 
 namespace py = pybind11;
 
@@ -108,6 +109,65 @@ void bind_activation(py::module_& m) {
     });
 }
 
+void bind_batch_norm(py::module_& m) {
+    using namespace fastnorm;
+    py::class_<BatchNormPlan>(m, "BatchNormPlan")
+        .def_property_readonly("form", [](const BatchNormPlan& p) { return int(p.form); })
+        .def_readonly("ordered", &BatchNormPlan::ordered)
+        .def_readonly("groups", &BatchNormPlan::groups)
+        .def_readonly("channels", &BatchNormPlan::channels)
+        .def_readonly("members", &BatchNormPlan::members)
+        .def_readonly("batches", &BatchNormPlan::batches)
+        .def_readonly("held", &BatchNormPlan::held)
+        .def_readonly("blocks", &BatchNormPlan::blocks)
+        .def_readonly("shared_bytes", &BatchNormPlan::shared_bytes)
+        .def_readonly("partials", &BatchNormPlan::partials)
+        .def_readonly("counters", &BatchNormPlan::counters);
+    m.attr("BATCH_NORM_FORMS") = names({FASTNORM_BATCH_NORM_FORMS(FASTNORM_NAME)});
+    m.def("batch_norm_plan",
+          [](long N, long C, long S, long x_stride_n, long x_stride_c, long x_stride_s, bool y_last,
+             int dtype, int activation, bool backward, bool one_pass, int operands, int extras,
+             int form, int batches) {
+              const BatchNormShape shape = {N, C, S, x_stride_n, x_stride_c, x_stride_s, y_last};
+              const BatchNormRequest request = {
+                  Dtype(dtype), Activation(activation), backward, one_pass, operands, extras, form,
+                  batches};
+              BatchNormPlan plan;
+              run("batch_norm_plan", [&] { return batch_norm_plan(shape, request, &plan); });
+              return plan;
+          });
+    m.def("batch_norm_forward",
+          [](Address y, Address mean, Address rstd, Address count, Address running_mean,
+             int running_mean_dtype, Address running_var, int running_var_dtype,
+             Address num_batches_tracked, Address x, Address residual, Address weight,
+             int weight_dtype, Address bias, int bias_dtype, Address partials, Address counters,
+             double momentum, double eps, int activation, bool batch_stats, bool cumulative,
+             bool center_only, const BatchNormPlan& plan, int dtype, Address stream) {
+              const BatchNormForward a = {at(y),
+                                          at(mean),
+                                          at(rstd),
+                                          at(count),
+                                          array(running_mean, running_mean_dtype),
+                                          array(running_var, running_var_dtype),
+                                          at<long>(num_batches_tracked),
+                                          at(x),
+                                          at(residual),
+                                          array(weight, weight_dtype),
+                                          array(bias, bias_dtype),
+                                          at(partials),
+                                          at<unsigned>(counters),
+                                          momentum,
+                                          eps,
+                                          Activation(activation),
+                                          batch_stats,
+                                          cumulative,
+                                          center_only,
+                                          plan};
+              run("batch_norm_forward",
+                  [&] { return batch_norm_forward(a, Dtype(dtype), at<CUstream_st>(stream)); });
+          });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -116,4 +176,5 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("ACTIVATIONS") = names({FASTNORM_ACTIVATIONS(FASTNORM_NAME)});
     m.def("unavailable", &unavailable, "Why no kernel can run here; None where they can.");
     bind_activation(m);
+    bind_batch_norm(m);
 }

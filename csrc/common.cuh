@@ -221,14 +221,18 @@ cudaError_t with_flag(bool flag, F f) {
     return flag ? f(std::true_type{}) : f(std::false_type{});
 }
 
+// More than 48 KB have to be asked for.
+template <class Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters), size_t shared_bytes) {
+    if (shared_bytes <= 48 * 1024) return cudaSuccess;
+    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+}
+
 template <class Parameters>
 cudaError_t launch(void (*kernel)(Parameters), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, const Parameters& parameters) {
-    if (shared_bytes > 48 * 1024) {
-        FASTNORM_TRY(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          int(shared_bytes)));
-    }
+    FASTNORM_TRY(allow_shared(kernel, shared_bytes));
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
@@ -257,6 +261,20 @@ inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
 
 inline cudaError_t multiprocessors(int* count) {
     return device_attribute(cudaDevAttrMultiProcessorCount, count);
+}
+
+// How many blocks of a kernel the current device holds at once.
+template <class Parameters>
+cudaError_t resident_blocks(void (*kernel)(Parameters), int threads, size_t shared_bytes,
+                            int* blocks) {
+    int device = 0, processors = 0, each = 0;
+    FASTNORM_TRY(allow_shared(kernel, shared_bytes));
+    FASTNORM_TRY(cudaGetDevice(&device));
+    FASTNORM_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    FASTNORM_TRY(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes));
+    *blocks = processors * each;
+    return cudaSuccess;
 }
 
 }  // namespace fastnorm

@@ -57,15 +57,43 @@ __device__ __forceinline__ void store16(uint4* p, uint4 v) {
 
 // Streaming hints: data that this launch will not read again goes first when L2 is full.
 __device__ __forceinline__ uint4 load_evict_first(const uint4* p) {
-    uint4 v;
-    asm volatile("ld.global.L1::no_allocate.L2::evict_first.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-    return v;
+    return __ldcs(p);
 }
 
 __device__ __forceinline__ void store_evict_first(uint4* p, uint4 v) {
     __stcs(p, v);
+}
+
+// What L2 is told about data that are copied: whether this launch reads them again.
+__device__ __forceinline__ uint64_t copy_policy(bool once) {
+    uint64_t first, normal;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+    return once ? first : normal;
+}
+
+// Copies 16 bytes from global to shared memory without waiting for them: the thread that started
+// copies ends a group of them with copies_end(), and finds the groups there after copies_done().
+__device__ __forceinline__ void copy_async(void* shared, const void* global, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+                 :
+                 : "r"(unsigned(__cvta_generic_to_shared(shared))), "l"(global), "l"(policy)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copies_end() {
+    asm volatile("cp.async.commit_group;" : : : "memory");
+}
+
+// Waits for all groups of copies but the last `running`, of which it may wait for some.
+__device__ __forceinline__ void copies_done(unsigned running) {
+    if (running == 0) {
+        asm volatile("cp.async.wait_group 0;" : : : "memory");
+    } else if (running == 1) {
+        asm volatile("cp.async.wait_group 1;" : : : "memory");
+    } else {
+        asm volatile("cp.async.wait_group 2;" : : : "memory");
+    }
 }
 
 // 1 / x to one unit in the last place, subnormal results included, without a slow path.
@@ -86,6 +114,10 @@ __device__ __forceinline__ void forget(uint4& v) {
 using emulation::add_acq_rel;
 using emulation::add_release;
 using emulation::block_shared;
+using emulation::copies_done;
+using emulation::copies_end;
+using emulation::copy_async;
+using emulation::copy_policy;
 using emulation::load_acquire;
 
 template <class T>
@@ -105,8 +137,7 @@ inline void store_evict_first(uint4* p, uint4 v) {
 inline float reciprocal(float x) {
     return 1.0f / x;
 }
-inline void forget(uint4&) {
-}
+inline void forget(uint4&) {}
 
 #endif
 }  // namespace fastnorm

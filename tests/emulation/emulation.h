@@ -58,6 +58,13 @@ void touched(const void*);                    // after one: a later fence makes 
 void* shared(const void* key, size_t bytes);  // this block's variable `key`
 void* dynamic_shared();
 int lane();
+struct Copy {
+    void* to;
+    const void* from;
+};
+void enqueue(Copy copy);  // of this thread's group of copies
+void copies_end();
+bool due(unsigned running, Copy* copy);  // the next one of all groups but the last `running`
 
 template <class T>
 struct SameType {
@@ -121,6 +128,19 @@ T load_acquire(const T* p, EMULATION_HERE) {
     const T v = __atomic_load_n(p, __ATOMIC_RELAXED);
     acquire(p);
     return v;
+}
+
+// Copies of 16 bytes happen when they are waited for, as late as a device may perform them.
+inline uint64_t copy_policy(bool) {
+    return 0;
+}
+inline void copy_async(void* shared, const void* global, uint64_t) {
+    std::memset(shared, 0xff, 16);
+    enqueue({shared, global});
+}
+inline void copies_done(unsigned running) {
+    for (Copy copy; due(running, &copy);)
+        *static_cast<uint4*>(copy.to) = *static_cast<const uint4*>(copy.from);
 }
 
 }  // namespace emulation

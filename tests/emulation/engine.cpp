@@ -43,9 +43,11 @@ struct Thread {
     int source;
     Word value;  // sent, then received
     bool vote;
-    const void* atomic;  // the last one touched
-    bool fenced;         // a fence since then
-    Word key;            // the least runs first
+    const void* atomic;         // the last one touched
+    bool fenced;                // a fence since then
+    Word key;                   // the least runs first
+    std::vector<Copy> copies;   // to shared memory, not performed yet
+    std::vector<size_t> ended;  // how many of them each ended group has
 };
 
 struct Free {
@@ -163,6 +165,22 @@ void* shared(const void* key, size_t bytes) {
         if (known == key) return memory.get();
     return now->block->shared.emplace_back(key, fresh_shared(bytes)).second.get();
 }
+void enqueue(Copy copy) {
+    now->copies.push_back(copy);
+}
+void copies_end() {
+    size_t grouped = 0;
+    for (size_t size : now->ended) grouped += size;
+    now->ended.push_back(now->copies.size() - grouped);
+}
+bool due(unsigned running, Copy* copy) {
+    auto& ended = now->ended;
+    while (ended.size() > running && ended.front() == 0) ended.erase(ended.begin());
+    if (ended.size() <= running) return false;
+    *copy = now->copies.front();
+    now->copies.erase(now->copies.begin());
+    return --ended.front(), true;
+}
 unsigned barrier(bool vote, const char* file, int line) {
     Thread* t = now;
     char* order = &t->block->order[t->block->phase % 2];
@@ -270,6 +288,7 @@ Thread* fresh_thread() {
     idle.pop_back();
     t->fiber.start_at(thread_main);
     t->file = "its start", t->line = 0, t->atomic = nullptr, t->fenced = false;
+    t->copies.clear(), t->ended.clear();
     return t;
 }
 

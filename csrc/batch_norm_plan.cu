@@ -1,0 +1,253 @@
+// How batch norm's kernels cut a tensor and which form they take: one closed rule, here alone.
+// Nothing depends on more than shape, strides, dtype and the size of the device.
+#include "batch_norm_tiles.cuh"
+
+namespace fastnorm {
+namespace {
+
+using namespace batch_norm;
+
+constexpr long kRun = 1024;           // bytes of adjacent memory worth a read of their own
+constexpr long kLine = 128;           // bytes of channels, where these are adjacent
+constexpr int kWidest = 128;          // channels, where as many as memory likes are adjacent
+constexpr long kInFlight = 13 << 20;  // of L2, taken by tiles between their two reads
+constexpr int kShare = 3;             // blocks of a multiprocessor, as registers allow
+
+long divide_up(long a, long b) {
+    return (a + b - 1) / b;
+}
+
+int power_of_two(long n, int most) {  // at least n
+    int p = 1;
+    while (p < n && p < most) p *= 2;
+    return p;
+}
+
+int log2(int n) {
+    int k = 0;
+    while ((1 << k) < n) ++k;
+    return k;
+}
+
+Divisor divisor(long d) {
+    unsigned shift = 0;
+    while (d > 1l << shift && shift < 31) ++shift;
+    const uint64_t rest = d < 1l << 31 ? (1ull << shift) - uint64_t(d) : 0;
+    return {d, unsigned((rest << 32) / uint64_t(d) + 1), shift};
+}
+
+struct Device {
+    int processors, shared_each, shared_block, l2;
+};
+
+cudaError_t current_device(Device* d) {
+    int device = 0;
+    FASTNORM_TRY(cudaGetDevice(&device));
+    const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+        return cudaDeviceGetAttribute(value, attribute, device);
+    };
+    FASTNORM_TRY(ask(&d->processors, cudaDevAttrMultiProcessorCount));
+    FASTNORM_TRY(ask(&d->shared_each, cudaDevAttrMaxSharedMemoryPerMultiprocessor));
+    FASTNORM_TRY(ask(&d->shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin));
+    return ask(&d->l2, cudaDevAttrL2CacheSize);
+}
+
+// A plan in the making.
+struct Planner {
+    const BatchNormRequest& request;
+    const Device& device;
+    BatchNormPlan& p;
+    int size, vector, wide;  // bytes, elements of 16 bytes, bytes
+
+    int slots() const { return request.backward ? kBackwardSlots : kForwardSlots; }
+    long batch_bytes() const { return long(p.pitch) * slots() * 16; }  // of one operand
+    long tensor() const { return long(p.total) * p.groups; }           // in batches
+
+    // What does not depend on how many channels make a group.
+    void lay_out(const BatchNormShape& shape) {
+        const bool x_last =
+            shape.C > 1 && shape.x_stride_c == 1 && (shape.x_stride_s != 1 || shape.S == 1);
+        p.shape = shape;
+        p.last = x_last && shape.y_last;
+        // one position is the same in both layouts of y
+        p.shape.y_last = p.last;
+        p.transposed = x_last && !p.last;
+        p.ragged = !p.last && shape.S % vector != 0;
+        p.skewed = p.ragged && !p.transposed;
+        const long steps[] = {p.last ? shape.S * shape.C : shape.C * shape.S, p.last ? 1 : shape.S,
+                              p.last ? shape.C : 1};
+        p.dense = (shape.N == 1 || shape.x_stride_n == steps[0]) &&
+                  (shape.C == 1 || shape.x_stride_c == steps[1]) &&
+                  (shape.S == 1 || shape.x_stride_s == steps[2]);
+        p.operands = request.operands;
+        p.elements = shape.N * shape.C * shape.S;
+        long row = p.last ? shape.S : divide_up(shape.S, vector);
+        if (p.skewed) row = (shape.S + 2 * vector - 3) / vector + 1;
+        p.row = divisor(row);
+        p.positions = shape.N * row;
+    }
+
+    void cut(int columns) {
+        p.columns = columns;
+        p.lanes = power_of_two(p.last ? 1 : p.row.divisor, kWarp);
+        while (p.lanes * columns > kThreads) p.lanes /= 2;
+        p.channels = columns * (p.last ? vector : 1);
+        p.pad = p.transposed ? log2(vector * p.lanes) : 31;
+        p.pitch = kThreads + (p.transposed ? kThreads >> p.pad : 0);
+        p.groups = unsigned(divide_up(p.shape.C, p.channels));
+        p.total = unsigned(divide_up(p.positions, long(slots()) * (kThreads / columns)));
+    }
+
+    // The fewest columns of a group that read memory well.
+    int columns() const {
+        const long lines = p.last ? divide_up(p.shape.C, vector) : p.shape.C;
+        if (p.last) return power_of_two(lines, int(kLine / 16));
+        if (p.transposed) {
+            const int most = int(kLine / size), fewest = power_of_two(lines, most);
+            return fewest < vector ? vector : fewest;
+        }
+        return power_of_two(divide_up(kRun, p.shape.S * size), power_of_two(lines, 64));
+    }
+
+    long table_bytes() const {
+        const int owned = p.lanes * p.columns, span = owned < kWarp ? kWarp : owned;
+        const long rows = kThreads / span > 1 ? kThreads / span : 1;
+        const long block = rows * p.channels, members = kThreads;
+        return (block > members ? block : members) * (request.backward ? 2 : 3) * wide;
+    }
+
+    // The memory of a block whose tiles hold so many batches beside those that pass through.
+    void take_memory(unsigned held, bool staged) {
+        p.held = held;
+        p.buffers = (held + (staged ? kStages : 0)) * p.operands;
+        p.tiles_bytes = (p.buffers + (request.extras ? kStages : 0)) * batch_bytes();
+        p.table_bytes = table_bytes();
+        p.shared_bytes =
+            p.tiles_bytes + p.table_bytes +
+            (request.backward ? kBackwardValues : kForwardValues) * long(p.channels) * wide;
+    }
+
+    // How many batches a tile can hold where so many blocks share a multiprocessor.
+    unsigned most_held(int blocks, bool staged) {
+        take_memory(0, staged);
+        long room = device.shared_each / blocks - 1024;
+        if (room > device.shared_block) room = device.shared_block;
+        const long held = (room - p.shared_bytes) / (p.operands * batch_bytes());
+        return held > 1 ? unsigned(held) : 1;
+    }
+
+    cudaError_t resident(int* blocks) const {
+        return request.backward ? cudaErrorNotSupported
+                                : batch_norm_forward_resident(p, request, blocks);
+    }
+
+    void split(unsigned batches) {
+        p.batches = batches < 1 ? 1 : batches < p.total ? batches : p.total;
+        p.members = unsigned(divide_up(p.total, p.batches));
+    }
+
+    // Batches of a tile, of which every multiprocessor is to have some; no more than `most`.
+    unsigned spread(long most, int blocks) const {
+        const long each = tensor() / (long(device.processors) * blocks);
+        return unsigned(each < 1 ? 1 : each < most ? each : most);
+    }
+
+    bool forced() const { return request.form >= 0; }
+    bool takes(BatchNormForm form, unsigned batches) {
+        p.form = form;
+        split(request.batches > 0 ? unsigned(request.batches) : batches);
+        return !forced() || request.form == int(form);
+    }
+
+    cudaError_t pass();
+    cudaError_t choose();
+    cudaError_t stream();
+    cudaError_t finish();
+};
+
+cudaError_t Planner::pass() {
+    cut(p.last ? power_of_two(divide_up(p.shape.C, vector), kWidest / vector) : columns());
+    if (!takes(BatchNormForm::pass, spread(4, 8))) return cudaErrorInvalidValue;
+    take_memory(0, true);
+    return finish();
+}
+
+// Takes the first form that fits, from the one that waits for nobody to the one that always can.
+cudaError_t Planner::choose() {
+    if (request.one_pass) return pass();
+    cut(columns());
+    // small planes: fewer channels where they would leave multiprocessors idle
+    while (!p.last && !p.transposed && p.columns > 1 && p.groups < unsigned(device.processors))
+        cut(p.columns / 2);
+
+    // owner: a group is one tile, or the tensor one wave of blocks
+    const unsigned tile = most_held(kShare, false), half = most_held(2, false);
+    const bool one_wave = tensor() <= 2l * half * device.processors;
+    const bool busy = 4l * p.groups >= device.processors || p.total <= 2;
+    if (takes(BatchNormForm::owner, p.total) &&
+        (forced() || (busy && p.total <= (one_wave ? half : tile)))) {
+        split(p.total);
+        const unsigned held = p.total <= half ? p.total : most_held(2, true);
+        take_memory(held, p.total > held);
+        return finish();
+    }
+
+    // hold: half of the blocks that are resident suffice, should another launch take the rest
+    int blocks = 0;
+    if (takes(BatchNormForm::hold, spread(tile, kShare)) && p.batches <= tile) {
+        take_memory(p.batches, false);
+        FASTNORM_TRY(resident(&blocks));
+        if (p.members == 1 || p.members <= unsigned(blocks) / 2) return finish();
+        if (forced()) return cudaErrorCooperativeLaunchTooLarge;
+    }
+
+    // ticket: the second read finds the group in L2
+    const long bytes = long(p.total) * batch_bytes() * p.operands;
+    if (takes(BatchNormForm::ticket, 1) &&
+        (forced() || bytes <= long(device.l2) / 8 * 5 - kInFlight)) {
+        take_memory(0, true);
+        FASTNORM_TRY(resident(&blocks));
+        p.lag = unsigned(blocks) / 4;
+        return finish();
+    }
+    return stream();
+}
+
+// The chip has no room for a group: lines of channels may be as long as memory likes.
+cudaError_t Planner::stream() {
+    if (p.last && !forced()) cut(power_of_two(divide_up(p.shape.C, vector), kWidest / vector));
+    take_memory(most_held(kShare, true), true);
+    int blocks = 0;
+    FASTNORM_TRY(resident(&blocks));
+    const long most = blocks > 1 ? blocks / 2 : 1;
+    if (!takes(BatchNormForm::stream, unsigned(divide_up(p.total, most))))
+        return forced() ? cudaErrorInvalidValue : cudaErrorCooperativeLaunchTooLarge;
+    return p.members <= most ? finish() : cudaErrorCooperativeLaunchTooLarge;
+}
+
+cudaError_t Planner::finish() {
+    const long blocks = long(p.groups) * p.members * (p.form == BatchNormForm::ticket ? 2 : 1);
+    if (blocks >= 1l << 31 || p.shared_bytes > device.shared_block) return cudaErrorInvalidValue;
+    p.blocks = unsigned(blocks);
+    const bool shares = p.members > 1 || p.form == BatchNormForm::ticket;
+    const long partial = request.backward ? 2 : 3;
+    p.partials = shares ? long(p.groups) * p.members * p.channels * partial : 0;
+    p.ordered = shares || p.form == BatchNormForm::hold || p.form == BatchNormForm::stream;
+    p.counters = kArrivals + (p.ordered ? p.groups : 0);
+    return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t batch_norm_plan(const BatchNormShape& shape, const BatchNormRequest& request,
+                            BatchNormPlan* plan) {
+    Device device = {};
+    FASTNORM_TRY(current_device(&device));
+    *plan = {};
+    const int size = request.dtype == Dtype::float64 ? 8 : request.dtype == Dtype::float32 ? 4 : 2;
+    Planner planner = {request, device, *plan, size, 16 / size, size == 8 ? 8 : 4};
+    planner.lay_out(shape);
+    return planner.choose();
+}
+
+}  // namespace fastnorm

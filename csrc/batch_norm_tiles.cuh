@@ -1,0 +1,428 @@
+// What batch norm's kernels share: which elements a thread works on, tiles in shared memory, sums
+// over a group's threads and blocks, the order of work.
+#pragma once
+#include "activation.cuh"
+#include "batch_norm.h"
+
+namespace fastnorm {
+namespace batch_norm {
+
+constexpr int kThreads = 256;
+
+// Slots of a batch per thread and operand; buffers for the batches that do not stay.
+constexpr int kForwardSlots = 4, kBackwardSlots = 2, kStages = 2;
+
+// Values per channel in shared memory.
+constexpr int kForwardValues = 3, kBackwardValues = 6;
+
+// Channels of one slot.
+template <class T, bool kLast>
+constexpr int kChannels = kLast ? Vector<T>::size : 1;
+
+// ---- which elements -----------------------------------------------------------------------------
+
+__device__ __forceinline__ long quotient(long i, const Divisor& d) {
+    if (i >= 1l << 31) return i / d.divisor;
+    return (__umulhi(unsigned(i), d.magic) + unsigned(i)) >> d.shift;
+}
+
+// A vector of elements that are adjacent in x and in y; the run that it belongs to may begin after
+// its first element or end before its last.
+struct Slot {
+    long x, y;      // offsets of its first element
+    long low, run;  // of its first element from the run's beginning; length of the run
+
+    template <class T>
+    __device__ __forceinline__ bool whole() const {
+        return low >= 0 && low + Vector<T>::size <= run;
+    }
+    __device__ __forceinline__ bool has(int j) const { return low + j >= 0 && low + j < run; }
+};
+
+// Which elements of a slot belong to this thread's channels.
+struct Part {
+    int begin, end;
+};
+
+template <class T, bool kLast>
+struct Lane {
+    static constexpr int kVector = Vector<T>::size;
+    int column, index;  // of slots in the group; among the threads of the column
+    long channel;       // the first of the slots'
+    int place;          // in a row of slots in shared memory
+
+    __device__ __forceinline__ Lane(const BatchNormPlan& p, unsigned group) {
+        const int t = threadIdx.x;
+        column = t / p.lanes % p.columns;
+        index = t % p.lanes + t / (p.lanes * p.columns) * p.lanes;
+        channel = long(group) * p.channels + column * kChannels<T, kLast>;
+        place = t + (t >> p.pad);
+    }
+
+    // Of this thread's slot in a row of one slot for every thread.
+    __device__ __forceinline__ long position(const BatchNormPlan& p, long row) const {
+        return row * (kThreads / p.columns) + index;
+    }
+
+    __device__ __forceinline__ Slot slot(const BatchNormPlan& p, long i) const {
+        const BatchNormShape& s = p.shape;
+        if (i >= p.positions || channel >= s.C) return {0, 0, 0, 0};
+        const long n = quotient(i, p.row), rest = i - n * p.row.divisor;
+        if constexpr (kLast) {
+            return {n * s.x_stride_n + rest * s.x_stride_s + channel, i * s.C + channel, channel,
+                    s.C};
+        } else {
+            const long y = (n * s.C + channel) * s.S;
+            const long low = rest * kVector - (p.skewed ? y % kVector : 0);
+            return {n * s.x_stride_n + channel * s.x_stride_c + low, y + low, low, s.S};
+        }
+    }
+
+    // The same without the offsets; past the last channel, values that nobody uses count too.
+    __device__ __forceinline__ Part part(const BatchNormPlan& p, long i) const {
+        if (i >= p.positions || channel >= p.shape.C) return {0, 0};
+        if (kLast || !p.ragged) return {0, kVector};
+        const Slot s = slot(p, i);
+        const int end = s.run - s.low < kVector ? int(s.run - s.low) : kVector;
+        return {s.low < 0 ? int(-s.low) : 0, end > 0 ? end : 0};
+    }
+};
+
+// 16 bytes that lie across two aligned ones, both of which may be read.
+template <class T>
+__device__ __forceinline__ Vector<T> load_across(const T* p) {
+    const T* from = p - misalignment(p);
+    const uint4 a = *reinterpret_cast<const uint4*>(from);
+    const uint4 b = *reinterpret_cast<const uint4*>(from + Vector<T>::size);
+    unsigned w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    const unsigned bytes = misalignment(p) * sizeof(T);
+#pragma unroll
+    for (int i = 0; i < 6; ++i) w[i] = bytes & 8 ? w[i + 2] : w[i];
+#pragma unroll
+    for (int i = 0; i < 5; ++i) w[i] = bytes & 4 ? w[i + 1] : w[i];
+    if (sizeof(T) == 2 && (bytes & 2)) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
+    }
+    Vector<T> v;
+    memcpy(&v, w, 16);
+    return v;
+}
+
+// The elements of a slot that exist, zero for the others.
+template <class T>
+__device__ __forceinline__ Vector<T> load_part(const T* p, const Slot& s) {
+    const long before = s.low - misalignment(p);
+    if (before >= 0 && before + 2 * Vector<T>::size <= s.run) return load_across(p);
+    Vector<T> v = {};
+#pragma unroll
+    for (int j = 0; j < Vector<T>::size; ++j)
+        if (s.has(j)) v.v[j] = p[j];
+    return v;
+}
+
+template <class T>
+__device__ __forceinline__ void store_slot(T* p, const Slot& s, const Vector<T>& v, bool once) {
+    if (s.whole<T>() && misalignment(p) == 0) {
+        if (once) {
+            store_vector_once(p, v);
+        } else {
+            store_vector(p, v);
+        }
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < Vector<T>::size; ++j)
+        if (s.has(j)) p[j] = v.v[j];
+}
+
+// ---- the order of work --------------------------------------------------------------------------
+
+constexpr int kTicket = 0, kFinished = 1, kArrivals = 2;  // counters
+
+struct Work {
+    unsigned group, member;
+    bool reduces, applies;  // its tile
+};
+
+__device__ __forceinline__ Work take_work(const BatchNormPlan& p, unsigned* counters) {
+    if (p.form == BatchNormForm::pass || p.form == BatchNormForm::owner)
+        return {blockIdx.x / p.members, blockIdx.x % p.members, true, true};
+    unsigned ticket = take_ticket(counters + kTicket);
+    if (p.form != BatchNormForm::ticket)
+        return {ticket / p.members, ticket % p.members, true, true};
+    // the first tickets reduce, the last ones apply; between them the two alternate
+    const unsigned count = p.groups * p.members;
+    const unsigned delay = min(p.members + p.lag, count);
+    bool reduces = ticket < delay;
+    if (!reduces && ticket < 2 * count - delay) {
+        reduces = (ticket - delay) % 2 == 0;
+        ticket = (ticket - delay) / 2 + (reduces ? delay : 0);
+    } else if (!reduces) {
+        ticket -= count;
+    }
+    return {ticket / p.members, ticket % p.members, reduces, !reduces};
+}
+
+// The last block to finish leaves every counter zero and counts the batch.
+__device__ __forceinline__ void finish(const BatchNormPlan& p, unsigned* counters,
+                                       long* num_batches_tracked) {
+    if (counters == nullptr || !arrive_last(counters + kFinished, gridDim.x)) return;
+    for (long i = threadIdx.x; i < p.counters; i += kThreads) counters[i] = 0;
+    if (threadIdx.x == 0 && num_batches_tracked != nullptr) ++*num_batches_tracked;
+}
+
+// ---- shared memory ------------------------------------------------------------------------------
+
+// Tiles; then a table of partial results E; then values per channel.
+template <class T, class E>
+struct Shared {
+    using W = Wide<T>;
+    Vector<T>* tiles;
+    E* table;
+    W* values;
+
+    __device__ __forceinline__ explicit Shared(const BatchNormPlan& p) {
+        auto* begin = dynamic_shared<unsigned char>();
+        tiles = reinterpret_cast<Vector<T>*>(begin);
+        table = reinterpret_cast<E*>(begin + p.tiles_bytes);
+        values = reinterpret_cast<W*>(begin + p.tiles_bytes + p.table_bytes);
+    }
+    // Value `which` of this thread's channels.
+    template <int K>
+    __device__ __forceinline__ void get(int which, const BatchNormPlan& p, int column,
+                                        W (&v)[K]) const {
+#pragma unroll
+        for (int k = 0; k < K; ++k) v[k] = values[which * p.channels + column * K + k];
+    }
+};
+
+// A block's share of a group: its batches, each kSlots slots of every thread, on their way through
+// shared memory. The first `loose` of them pass through kStages buffers, the others have their own
+// and stay. First batches are visited in order, to be reduced: enter(h) starts copies, entered(h)
+// waits for them. Then in reverse, to be applied: leave(h) and left(h). What was read last is
+// still close by.
+template <class T, bool kLast, int kSlots, int kOperands>
+struct Tile {
+    static constexpr int kVector = Vector<T>::size;
+    const BatchNormPlan& p;
+    const T* operands[kOperands];  // x first, unless there is none; p.operands of them
+    const T* extra;                // one that applying alone reads, or null
+    bool has_x;
+    Vector<T>* buffers;
+    unsigned group, first, count, loose;
+    Lane<T, kLast> lane;
+    unsigned copied = 0;  // batches, of this visit
+
+    __device__ __forceinline__ Tile(const BatchNormPlan& plan, const T* const (&tensors)[kOperands],
+                                    const T* more, bool x_first, Vector<T>* memory,
+                                    const Work& work)
+        : p(plan),
+          extra(more),
+          has_x(x_first),
+          buffers(memory),
+          group(work.group),
+          first(work.member * plan.batches),
+          count(min(plan.batches, plan.total - first)),
+          loose(!work.reduces || count <= plan.held ? (work.reduces ? 0 : count)
+                                                    : count - plan.held),
+          lane(plan, work.group) {
+#pragma unroll
+        for (int o = 0; o < kOperands; ++o) operands[o] = tensors[o];
+    }
+
+    // Row of slots u of batch h of an operand; of the extra one where there is no such operand.
+    __device__ __forceinline__ Vector<T>* row(unsigned h, int operand, int u) const {
+        const unsigned place = h < loose ? p.held + h % kStages : h - loose;
+        const unsigned buffer =
+            operand == p.operands ? p.buffers + h % kStages : place * p.operands + operand;
+        return buffers + (long(buffer) * kSlots + u) * p.pitch;
+    }
+    __device__ __forceinline__ Vector<T>& at(unsigned h, int operand, int u) const {
+        return row(h, operand, u)[lane.place];
+    }
+    __device__ __forceinline__ long position(unsigned h, int u) const {
+        return lane.position(p, long(first + h) * kSlots + u);
+    }
+    __device__ __forceinline__ Slot slot(unsigned h, int u) const {
+        return lane.slot(p, position(h, u));
+    }
+    __device__ __forceinline__ Part part(unsigned h, int u) const {
+        return lane.part(p, position(h, u));
+    }
+
+    // Towards reducing batch h, then what follows it.
+    __device__ __forceinline__ void enter(unsigned h) {
+        while (copied < count && (copied >= loose || copied < h + kStages)) {
+            copy_batch(copied, 0, p.operands, copied >= loose);
+            ++copied;
+        }
+    }
+    __device__ __forceinline__ void entered(unsigned h) const { copies_done(copied - 1 - h); }
+
+    // Between the two visits.
+    __device__ __forceinline__ void turn() {
+        copied = 0;
+        leave(count - 1);
+    }
+    // Towards applying batch h, then what follows it.
+    __device__ __forceinline__ void leave(unsigned h) {
+        while (copied < count && copied < count - h + kStages - 1) {
+            const unsigned next = count - 1 - copied;
+            const int begin = next < loose ? 0 : p.operands;
+            copy_batch(next, begin, p.operands + (extra != nullptr), true);
+            ++copied;
+        }
+    }
+    __device__ __forceinline__ void left(unsigned h) const { copies_done(copied - (count - h)); }
+
+  private:
+    __device__ __forceinline__ void copy_batch(unsigned h, int begin, int end, bool once) {
+#pragma unroll 1
+        for (int o = begin; o < end; ++o) {
+            const T* from = o == p.operands ? extra : operands[0];
+#pragma unroll
+            for (int i = 1; i < kOperands; ++i)
+                if (i == o && o != p.operands) from = operands[i];
+            copy(h, o, from, has_x && o == 0, once);
+        }
+        copies_end();
+    }
+
+    // x has strides of its own, the others lie as y does.
+    __device__ __forceinline__ void copy(unsigned h, int operand, const T* from, bool is_x,
+                                         bool once) {
+        if constexpr (!kLast) {
+            if (is_x && p.transposed) return copy_transposed(h, from);
+        }
+        const uint64_t policy = copy_policy(once);
+#pragma unroll 1
+        for (int u = 0; u < kSlots; ++u) {
+            const Slot s = slot(h, u);
+            if (s.run == 0) continue;
+            const T* begin = from + (is_x ? s.x : s.y);
+            // the neighbours of a run's first or last elements may be read with them
+            const bool inside =
+                s.whole<T>() || ((!is_x || p.dense) && s.y >= 0 && s.y + kVector <= p.elements);
+            if (inside && misalignment(begin) == 0) {
+                copy_async(&at(h, operand, u), begin, policy);
+            } else {
+                at(h, operand, u) = load_part(begin, s);
+            }
+        }
+    }
+
+    // x with channels adjacent while slots lie along positions: read 16 bytes of channels at a
+    // time, transposed on the way.
+    __device__ __forceinline__ void copy_transposed(unsigned h, const T* x) {
+        const BatchNormShape& s = p.shape;
+        const int vectors = p.columns / kVector, threads = kThreads / p.columns;
+        __syncthreads();  // the last batch that was here has been used
+        for (int item = threadIdx.x; item < kSlots * threads * kVector * vectors;
+             item += kThreads) {
+            const int column = item % vectors * kVector, element = item / vectors;
+            const int position = element / kVector, j = element % kVector;
+            const long i = long(first + h) * kSlots * threads + position;
+            const long c = long(group) * p.channels + column;
+            const long n = quotient(i, p.row), rest = (i - n * p.row.divisor) * kVector + j;
+            Vector<T> v = {};
+            if (i < p.positions && rest < s.S && c < s.C) {
+                const T* begin = x + n * s.x_stride_n + rest * s.x_stride_s + c;
+                const Slot channels = {0, 0, c, s.C};
+                v = channels.whole<T>() && misalignment(begin) == 0 ? load_vector(begin)
+                                                                    : load_part(begin, channels);
+            }
+            const int index = position % threads;
+            Vector<T>* to = row(h, 0, position / threads);
+#pragma unroll
+            for (int k = 0; k < kVector; ++k) {
+                const int thread =
+                    index % p.lanes + p.lanes * (column + k + p.columns * (index / p.lanes));
+                to[thread + (thread >> p.pad)].v[j] = v.v[k];
+            }
+        }
+        __syncthreads();
+    }
+};
+
+// ---- sums over threads and blocks, in fixed order -----------------------------------------------
+
+template <class W>
+__device__ __forceinline__ Moments<W> combine(const Moments<W>& a, const Moments<W>& b) {
+    return merge(a, b);
+}
+
+template <int Count, class W>
+__device__ __forceinline__ Sums<Count, W> combine(Sums<Count, W> a, const Sums<Count, W>& b) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) a.v[i] += b.v[i];
+    return a;
+}
+
+template <class W, class E>
+__device__ __forceinline__ E shuffle_xor(const E& e, int step) {
+    W v[sizeof(E) / sizeof(W)];
+    memcpy(v, &e, sizeof(E));
+#pragma unroll
+    for (W& x : v) x = __shfl_xor_sync(kFullWarp, x, step);
+    E other;
+    memcpy(&other, v, sizeof(E));
+    return other;
+}
+
+// What all threads of a column found, combined: thread c returns it for channel c of the group.
+template <class W, int K, class E>
+__device__ __forceinline__ E combine_block(E (&mine)[K], int lanes, int columns, E* table) {
+    const int t = threadIdx.x, lane = t % kWarp, owned = lanes * columns;
+    for (int step = 1; step < kWarp; step *= 2) {
+        if (step >= lanes && step < owned) continue;  // those threads have other columns
+#pragma unroll
+        for (int k = 0; k < K; ++k) mine[k] = combine(mine[k], shuffle_xor<W>(mine[k], step));
+    }
+    const int channels = columns * K, span = owned < kWarp ? kWarp : owned;
+    __syncthreads();  // the table's last use is over
+    if (lane % lanes == 0 && lane < owned) {
+        E* row = table + t / span * channels + t / lanes % columns * K;
+#pragma unroll
+        for (int k = 0; k < K; ++k) row[k] = mine[k];
+    }
+    __syncthreads();
+    E all = {};
+    if (t < channels) {
+        all = table[t];
+        for (int row = 1; row < kThreads / span; ++row)
+            all = combine(all, table[row * channels + t]);
+    }
+    return all;
+}
+
+template <class E>
+__device__ __forceinline__ E* partials_of(void* partials, const BatchNormPlan& p, unsigned group) {
+    return static_cast<E*>(partials) + long(group) * p.members * p.channels;
+}
+
+// What all members of a group have published, combined: thread c returns it for channel c.
+template <class W, class E>
+__device__ __forceinline__ E combine_members(const E* partials, const BatchNormPlan& p, E* table) {
+    const int channel = threadIdx.x % p.channels, step = kThreads / p.channels;
+    E mine[1] = {};
+    for (unsigned m = threadIdx.x / p.channels; m < p.members; m += step)
+        mine[0] = combine(mine[0], partials[long(m) * p.channels + channel]);
+    return combine_block<W>(mine, 1, p.channels, table);
+}
+
+// ---- activations --------------------------------------------------------------------------------
+
+// Calls f with the activation's formulas: any switch is passed once per call.
+template <class Formula, class F>
+__device__ __forceinline__ void with_formula(const Fixed<Formula>&, F f) {
+    f(Formula{});
+}
+
+template <class F>
+__device__ __forceinline__ void with_formula(const Any& any, F f) {
+    with_activation(any.activation, f);
+}
+
+}  // namespace batch_norm
+}  // namespace fastnorm

@@ -1,0 +1,134 @@
+"""Batch norm on the CUDA extension (csrc/batch_norm*.cu): what its launchers are given."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnorm import layout
+from fastnorm.ops import launch
+from fastnorm.ops.activation.reference import wide_dtype
+from fastnorm.ops.extension import activation_code, address, array, dtype_code, extension, stream
+
+# a form (a position in the extension's BATCH_NORM_FORMS) and a tile's number of batches, for tests:
+# the closed rule of csrc/batch_norm_plan.cu chooses where they are -1 and 0
+FORM, BATCHES = -1, 0
+
+
+def _compact(*parameters: Tensor | None) -> list[Tensor | None]:
+    """Parameters as the kernels read them: [C] without gaps, of slices and expansions too."""
+    return [None if p is None else p.contiguous() for p in parameters]
+
+
+def _put_back(buffers: tuple[Tensor | None, ...], moved: tuple[Tensor | None, ...]) -> None:
+    """Copy what a kernel has written to the compact copies of running statistics with gaps."""
+    for buffer, value in zip(buffers, moved, strict=True):
+        if buffer is not None and value is not None and value is not buffer:
+            buffer.copy_(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(*key: Any) -> Any:
+    """The last part of the key is the device, whose size the plan depends on."""
+    return extension().batch_norm_plan(*key[:-1])
+
+
+def plan(
+    x: Tensor,
+    y: Tensor,
+    activation: str,
+    backward: bool,
+    one_pass: bool,
+    operands: int,
+    extras: int,
+) -> Any:
+    """Cut x (any strides that layout.to_planes leaves) and y (dense, layout.planes_like)."""
+    view, out = layout.planes(x), layout.planes(y)
+    assert view is not None
+    assert out is not None
+    y_last = out.size(1) > 1 and out.stride(1) == 1
+    return _plan(
+        *view.shape,
+        *view.stride(),
+        y_last,
+        dtype_code(x.dtype),
+        activation_code(activation),
+        backward,
+        one_pass,
+        operands,
+        extras,
+        FORM,
+        BATCHES,
+        x.device,
+    )
+
+
+def workspace(x: Tensor, p: Any) -> Tensor | None:
+    """What the blocks of a group leave for each other."""
+    return torch.empty(p.partials, dtype=wide_dtype(x), device=x.device) if p.partials else None
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
+    batch_stats: bool, momentum: float | None, eps: float, activation: str,
+    y: Tensor, mean: Tensor | None, rstd: Tensor | None, center_only: bool,
+) -> None:  # fmt: skip
+    buffers = (running_mean, running_var)
+    weight, bias, running_mean, running_var = _compact(weight, bias, *buffers)
+    p = plan(x, y, activation, False, not batch_stats, 1, int(residual is not None))
+    partials = workspace(x, p) if batch_stats else None
+    counters = None
+    if batch_stats and (p.ordered or num_batches_tracked is not None):
+        counters = launch.counters(x, p.counters)
+    extension().batch_norm_forward(
+        y.data_ptr(), address(mean), address(rstd), 0,
+        *array(running_mean), *array(running_var), address(num_batches_tracked),
+        x.data_ptr(), address(residual), *array(weight), *array(bias),
+        address(partials), address(counters), momentum or 0.0, eps, activation_code(activation),
+        batch_stats, momentum is None and num_batches_tracked is not None, center_only,
+        p, dtype_code(x.dtype), stream(x),
+    )  # fmt: skip
+    if batch_stats:
+        _put_back(buffers, (running_mean, running_var))
+
+
+def batch_norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
+    batch_stats: bool, momentum: float | None, eps: float, activation: str,
+    y: Tensor, mean: Tensor, rstd: Tensor,
+) -> None:  # fmt: skip
+    _forward(
+        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, batch_stats,
+        momentum, eps, activation,
+        y, mean, rstd, center_only=False,
+    )  # fmt: skip
+
+
+def mean_only_batch_norm_forward(
+    x: Tensor, bias: Tensor | None, running_mean: Tensor | None, num_batches_tracked: Tensor | None,
+    batch_stats: bool, momentum: float | None, y: Tensor,
+) -> None:  # fmt: skip
+    _forward(
+        x, None, None, bias, running_mean, None, num_batches_tracked,
+        batch_stats, momentum, 0.0, "identity",
+        y, None, None, center_only=True,
+    )  # fmt: skip
+
+
+def batch_norm_statistics(x: Tensor, statistics: Tensor) -> None:
+    p = plan(x, x, "identity", False, True, 1, 0)
+    partials = workspace(x, p)
+    counters = launch.counters(x, p.counters) if p.ordered else None
+    C, size = x.size(1), statistics.element_size()
+    mean = statistics.data_ptr()
+    extension().batch_norm_forward(
+        0, mean, mean + C * size, mean + 2 * C * size,
+        0, 0, 0, 0, 0, x.data_ptr(), 0, 0, 0, 0, 0,
+        address(partials), address(counters), 0.0, 0.0, activation_code("identity"),
+        True, False, False, p, dtype_code(x.dtype), stream(x),
+    )  # fmt: skip
