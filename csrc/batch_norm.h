@@ -109,7 +109,6 @@ struct BatchNormBackward {
     void* partials;            // [groups, members, channels] pairs of sums
     unsigned* counters;        // zero before and after
     Activation activation;
-    bool batch_stats;
     bool center_only;  // mean-only: x, mean and rstd are null
     BatchNormPlan plan;
 };

@@ -137,7 +137,7 @@ struct Planner {
     }
 
     cudaError_t resident(int* blocks) const {
-        return request.backward ? cudaErrorNotSupported
+        return request.backward ? batch_norm_backward_resident(p, request, blocks)
                                 : batch_norm_forward_resident(p, request, blocks);
     }
 

@@ -166,6 +166,33 @@ void bind_batch_norm(py::module_& m) {
               run("batch_norm_forward",
                   [&] { return batch_norm_forward(a, Dtype(dtype), at<CUstream_st>(stream)); });
           });
+    m.def("batch_norm_backward",
+          [](Address dx, Address dresidual, Address dweight, int dweight_dtype, Address dbias,
+             int dbias_dtype, Address x, Address dy, Address residual, Address weight,
+             int weight_dtype, Address bias, int bias_dtype, Address mean, Address rstd,
+             Address sums, Address count, Address partials, Address counters, int activation,
+             bool center_only, const BatchNormPlan& plan, int dtype, Address stream) {
+              const BatchNormBackward a = {at(dx),
+                                           at(dresidual),
+                                           array(dweight, dweight_dtype),
+                                           array(dbias, dbias_dtype),
+                                           at(x),
+                                           at(dy),
+                                           at(residual),
+                                           array(weight, weight_dtype),
+                                           array(bias, bias_dtype),
+                                           at(mean),
+                                           at(rstd),
+                                           at(sums),
+                                           at(count),
+                                           at(partials),
+                                           at<unsigned>(counters),
+                                           Activation(activation),
+                                           center_only,
+                                           plan};
+              run("batch_norm_backward",
+                  [&] { return batch_norm_backward(a, Dtype(dtype), at<CUstream_st>(stream)); });
+          });
 }
 
 }  // namespace

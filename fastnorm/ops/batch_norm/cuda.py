@@ -120,6 +120,80 @@ def mean_only_batch_norm_forward(
     )  # fmt: skip
 
 
+def _backward(
+    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor | None, rstd: Tensor | None, sums: Tensor | None, count: Tensor | None,
+    batch_stats: bool, activation: str,
+    dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None,
+    center_only: bool,
+) -> None:  # fmt: skip
+    """dx from the batch's statistics unless they are the running ones or the sums are given."""
+    if dx is None and dweight is None and dbias is None and dresidual is None:
+        return
+    residual = None if activation == "identity" else residual
+    weight, bias = _compact(weight, bias)
+    operands = 1 if center_only else 2 if residual is None else 3
+    p = plan(x, dy, activation, True, not batch_stats or dx is None, operands, 0)
+    merges = p.ordered and (batch_stats or dweight is not None or dbias is not None)
+    partials = workspace(x, p) if merges else None
+    counters = launch.counters(x, p.counters) if merges else None
+    extension().batch_norm_backward(
+        address(dx), address(dresidual), *array(dweight), *array(dbias),
+        0 if center_only else x.data_ptr(), dy.data_ptr(), address(residual),
+        *array(weight), *array(bias), address(mean), address(rstd), address(sums), address(count),
+        address(partials), address(counters), activation_code(activation), center_only,
+        p, dtype_code(x.dtype), stream(x),
+    )  # fmt: skip
+
+
+def batch_norm_backward(
+    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, batch_stats: bool, activation: str, needs: list[bool],
+    dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None,
+) -> None:  # fmt: skip
+    _backward(
+        x, dy, residual, weight, bias, mean, rstd, None, None, batch_stats, activation,
+        dx, dweight, dbias, dresidual, center_only=False,
+    )  # fmt: skip
+
+
+def mean_only_batch_norm_backward(
+    dy: Tensor,
+    bias: Tensor | None,
+    batch_stats: bool,
+    needs: list[bool],
+    dx: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    _backward(
+        dy, dy, None, None, None, None, None, None, None, batch_stats, "identity",
+        dx, None, dbias, None, center_only=True,
+    )  # fmt: skip
+
+
+def batch_norm_reduce(
+    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, activation: str,
+    sum_dz: Tensor, sum_dz_x_hat: Tensor,
+) -> None:  # fmt: skip
+    # the gradients of a bias and a weight of wide dtype are these sums
+    _backward(
+        x, dy, residual, weight, bias, mean, rstd, None, None, False, activation,
+        None, sum_dz_x_hat, sum_dz, None, center_only=False,
+    )  # fmt: skip
+
+
+def batch_norm_apply(
+    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, sums: Tensor, count: Tensor, activation: str, needs_dresidual: bool,
+    dx: Tensor, dresidual: Tensor | None,
+) -> None:  # fmt: skip
+    _backward(
+        x, dy, residual, weight, bias, mean, rstd, sums, count, False, activation,
+        dx, None, None, dresidual, center_only=False,
+    )  # fmt: skip
+
+
 def batch_norm_statistics(x: Tensor, statistics: Tensor) -> None:
     p = plan(x, x, "identity", False, True, 1, 0)
     partials = workspace(x, p)

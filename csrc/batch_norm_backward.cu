@@ -1,0 +1,306 @@
+// Batch norm backward: x and dy (and the residual, where the activation's slope needs it) are read
+// from memory once where a group of channels fits on the chip; dweight and dbias on the way.
+#include "batch_norm_tiles.cuh"
+
+namespace fastnorm {
+namespace {
+
+using namespace batch_norm;
+
+// ---- kernels ------------------------------------------------------------------------------------
+
+// Mean-only batch norm needs dy alone; else x, dy and perhaps the residual.
+template <class T, bool kCenterOnly, bool kLast>
+using BackwardTile = Tile<T, kLast, kBackwardSlots, kCenterOnly ? 1 : 3>;
+template <bool kCenterOnly>
+constexpr int kDy = kCenterOnly ? 0 : 1;
+constexpr int kResidual = 2;
+
+// Sums over a channel: of dz, and of dz * (x - mean).
+template <class W, bool kCenterOnly>
+using ChannelSums = Sums<kCenterOnly ? 1 : 2, W>;
+
+enum Value { kMean, kScale, kBias, kMeanDz, kMeanDzXHat };  // per channel, in shared memory
+
+// What a thread needs of its slots' channels: of eight of them, that is too much for registers.
+template <class W, int K, bool kCenterOnly>
+struct Channels {
+    const W* values;  // of the thread's first channel, in shared memory
+    int step;         // from one kind of value to the next
+    W own[3];         // of a single channel
+    // what is summed; once that is known, what dx subtracts: the mean of dz, and the factor of
+    // x - mean
+    ChannelSums<W, kCenterOnly> sums[K] = {};
+
+    __device__ __forceinline__ Channels(const W* all, const BatchNormPlan& p, int column)
+        : values(all + column * K), step(p.channels) {
+#pragma unroll
+        for (int i = 0; i < 3; ++i) own[i] = values[i * step];
+    }
+    __device__ __forceinline__ W get(Value which, int k) const {
+        return K == 1 ? own[which] : values[which * step + k];
+    }
+    // What dx subtracts, from where prepare() or settle() put it.
+    __device__ __forceinline__ void get_means() {
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+#pragma unroll
+            for (int i = 0; i < (kCenterOnly ? 1 : 2); ++i)
+                sums[k].v[i] = values[(kMeanDz + i) * step + k];
+        }
+    }
+};
+
+// What a sweep over a tile does with dz.
+struct Sweep {
+    bool reduces, writes;
+    bool corrects;  // dx subtracts what depends on the sums
+};
+
+// Moves everything `By` places forward, and what was first to the end.
+template <int By, class W, int V>
+__device__ __forceinline__ void rotate(W (&z)[V]) {
+    W first[By];
+#pragma unroll
+    for (int j = 0; j < By; ++j) first[j] = z[j];
+#pragma unroll
+    for (int j = 0; j < V; ++j) z[j] = j + By < V ? z[(j + By) % V] : first[(j + By) % V % By];
+}
+
+// x - mean and dz = dy * slope(z) of slot u of batch h; zero where the slot has no element.
+template <class T, class Activity, bool kCenterOnly, bool kLast, class C, class W>
+__device__ __forceinline__ void gradient(const BackwardTile<T, kCenterOnly, kLast>& tile,
+                                         unsigned h, int u, bool has_residual, const C& channels,
+                                         const Activity& activity, W (&centred)[Vector<T>::size],
+                                         W (&dz)[Vector<T>::size]) {
+    constexpr int V = Vector<T>::size;
+    constexpr bool kPlain = std::is_same_v<Activity, Fixed<activations::identity>>;
+    const Vector<T> dy = tile.at(h, kDy<kCenterOnly>, u);
+#pragma unroll
+    for (int j = 0; j < V; ++j) dz[j] = widen(dy.v[j]), centred[j] = W(0);
+    if constexpr (!kCenterOnly) {
+        const Vector<T> x = tile.at(h, 0, u);
+#pragma unroll
+        for (int j = 0; j < V; ++j) centred[j] = widen(x.v[j]) - channels.get(kMean, kLast ? j : 0);
+    }
+    if constexpr (!kCenterOnly && !kPlain) {
+        W z[V];
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const int k = kLast ? j : 0;
+            z[j] = centred[j] * channels.get(kScale, k) + channels.get(kBias, k);
+        }
+        if (has_residual) {
+            const Vector<T> residual = tile.at(h, kResidual, u);
+#pragma unroll
+            for (int j = 0; j < V; ++j) z[j] += widen(residual.v[j]);
+        }
+        // half of them at a time: fewer registers, and each formula is there less often
+        constexpr int kPart = V / 2;
+#pragma unroll 1
+        for (int part = 0; part < V; part += kPart) {
+            with_formula(activity, [&](auto formula) {
+#pragma unroll
+                for (int j = 0; j < kPart; ++j) z[j] = decltype(formula)::slope(z[j]);
+            });
+            rotate<kPart>(z);
+        }
+#pragma unroll
+        for (int j = 0; j < V; ++j) dz[j] *= z[j];
+    }
+    const Part part = tile.part(h, u);
+    if (part.end - part.begin == V) return;
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+        if (j < part.begin || j >= part.end) dz[j] = centred[j] = W(0);
+}
+
+template <class T, class W, int V>
+__device__ __forceinline__ void store(void* p, const Slot& s, const W (&wide)[V]) {
+    Vector<T> v;
+#pragma unroll
+    for (int j = 0; j < V; ++j) v.v[j] = static_cast<T>(wide[j]);
+    store_slot(static_cast<T*>(p) + s.y, s, v, true);
+}
+
+template <class T, class Activity, bool kCenterOnly, bool kLast, class C>
+__device__ __forceinline__ void work_on(const BatchNormBackward& a,
+                                        const BackwardTile<T, kCenterOnly, kLast>& tile, unsigned h,
+                                        const Sweep& sweep, const Activity& activity, C& channels) {
+    using W = Wide<T>;
+    constexpr int V = Vector<T>::size;
+#pragma unroll 1
+    for (int u = 0; u < kBackwardSlots; ++u) {
+        W centred[V], dz[V];
+        gradient<T, Activity, kCenterOnly, kLast>(tile, h, u, a.residual != nullptr, channels,
+                                                  activity, centred, dz);
+        if (sweep.reduces) {
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                auto& sums = channels.sums[kLast ? j : 0];
+                sums.v[0] += dz[j];
+                if constexpr (!kCenterOnly) sums.v[1] += dz[j] * centred[j];
+            }
+        }
+        if (!sweep.writes) continue;
+        const Slot s = tile.slot(h, u);
+        if (s.run == 0) continue;
+        if (a.dresidual != nullptr) store<T>(a.dresidual, s, dz);
+        if (a.dx == nullptr) continue;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const int k = kLast ? j : 0;
+            if (sweep.corrects) {
+                dz[j] -= channels.sums[k].v[0];
+                if constexpr (!kCenterOnly) dz[j] -= centred[j] * channels.sums[k].v[1];
+            }
+            if constexpr (!kCenterOnly) dz[j] *= channels.get(kScale, k);
+        }
+        store<T>(a.dx, s, dz);
+    }
+}
+
+// Thread c puts what dz depends on of channel c of the group where all threads find it, and what dx
+// depends on where that is given; returns rstd.
+template <class W>
+__device__ __forceinline__ W prepare(const BatchNormBackward& a, unsigned group, W* values) {
+    const BatchNormPlan& p = a.plan;
+    const int t = threadIdx.x;
+    const long c = long(group) * p.channels + t;
+    if (t >= p.channels) return W(0);
+    const bool there = c < p.shape.C && a.rstd != nullptr;
+    const W rstd = there ? static_cast<const W*>(a.rstd)[c] : W(1);
+    values[kMean * p.channels + t] = there ? static_cast<const W*>(a.mean)[c] : W(0);
+    values[kScale * p.channels + t] =
+        there && a.weight.data != nullptr ? rstd * load_any<W>(a.weight, c) : rstd;
+    values[kBias * p.channels + t] =
+        there && a.bias.data != nullptr ? load_any<W>(a.bias, c) : W(0);
+    if (a.sums != nullptr && there) {
+        const W* sums = static_cast<const W*>(a.sums);
+        const W count = *static_cast<const W*>(a.count);
+        values[kMeanDz * p.channels + t] = sums[c] / count;
+        values[kMeanDzXHat * p.channels + t] = sums[p.shape.C + c] / count * rstd;
+    }
+    return rstd;
+}
+
+// Thread c stores the gradients of weight and bias of channel c and puts what dx depends on where
+// all threads find it.
+template <class W, int Count>
+__device__ __forceinline__ void settle(const BatchNormBackward& a, unsigned group, bool stores,
+                                       const Sums<Count, W>& found, W rstd, W* values) {
+    const BatchNormPlan& p = a.plan;
+    const int t = threadIdx.x;
+    const long c = long(group) * p.channels + t;
+    if (t >= p.channels || c >= p.shape.C) return;
+    const W count = W(p.shape.N * p.shape.S);
+    const W dweight = Count > 1 ? found.v[Count - 1] * rstd : W(0);
+    if (stores && a.dbias.data != nullptr) store_any(a.dbias, c, found.v[0]);
+    if (stores && a.dweight.data != nullptr) store_any(a.dweight, c, dweight);
+    values[kMeanDz * p.channels + t] = found.v[0] / count;
+    if (Count > 1) values[kMeanDzXHat * p.channels + t] = dweight / count * rstd;
+}
+
+template <class T, class Activity, bool kCenterOnly, bool kLast>
+__global__ void __launch_bounds__(kThreads, 2)
+    batch_norm_backward_kernel(const __grid_constant__ BatchNormBackward a) {
+    using W = Wide<T>;
+    using S = ChannelSums<W, kCenterOnly>;
+    const BatchNormPlan& p = a.plan;
+    const bool one_pass = p.form == BatchNormForm::pass;
+    const int t = threadIdx.x;
+    const Work work = take_work(p, a.counters);
+    const Shared<T, S> shared(p);
+    const T *x = static_cast<const T*>(a.x), *dy = static_cast<const T*>(a.dy);
+    const T* operands[kCenterOnly ? 1 : 3];
+    operands[0] = x, operands[kDy<kCenterOnly>] = dy;
+    if constexpr (!kCenterOnly) operands[kResidual] = static_cast<const T*>(a.residual);
+    BackwardTile<T, kCenterOnly, kLast> tile(p, operands, nullptr, !kCenterOnly, shared.tiles,
+                                             work);
+    const W rstd = prepare(a, work.group, shared.values);
+    __syncthreads();
+    Channels<W, kChannels<T, kLast>, kCenterOnly> channels(shared.values, p, tile.lane.column);
+    if (a.sums != nullptr) channels.get_means();
+
+    const Activity activity(a.activation);
+    const bool wants_sums = a.dweight.data != nullptr || a.dbias.data != nullptr;
+    Sweep sweep = {work.reduces && (!one_pass || wants_sums), one_pass, a.sums != nullptr};
+    if (one_pass) tile.turn();
+#pragma unroll 1
+    while (true) {
+        for (unsigned i = 0; i < tile.count && (sweep.reduces || sweep.writes); ++i) {
+            const unsigned h = sweep.writes ? tile.count - 1 - i : i;
+            if (sweep.writes) {
+                tile.leave(h);
+                tile.left(h);
+            } else {
+                tile.enter(h);
+                tile.entered(h);
+            }
+            work_on<T, Activity, kCenterOnly, kLast>(a, tile, h, sweep, activity, channels);
+        }
+        if (one_pass ? !sweep.reduces : sweep.writes) break;
+        S found = {};
+        if (sweep.reduces)
+            found = combine_block<W>(channels.sums, p.lanes, p.columns, shared.table);
+        if (p.members > 1 && sweep.reduces) {
+            S* partials = partials_of<S>(a.partials, p, work.group);
+            if (t < p.channels) partials[long(work.member) * p.channels + t] = found;
+            if (!one_pass) arrive(a.counters + kArrivals + work.group);
+        }
+        if (!one_pass && !work.applies) break;
+        if (!one_pass) tile.turn();
+        if (p.members > 1) {
+            unsigned* arrivals = a.counters + kArrivals + work.group;
+            if (!one_pass) {
+                wait(arrivals, p.members);
+            } else if (!arrive_last(arrivals, p.members)) {
+                return;
+            } else if (t == 0) {
+                *arrivals = 0;
+            }
+            found = combine_members<W>(partials_of<S>(a.partials, p, work.group), p, shared.table);
+        }
+        settle(a, work.group, one_pass || work.member == 0, found, rstd, shared.values);
+        if (one_pass) return;
+        __syncthreads();
+        channels.get_means();
+        sweep = {false, true, true};
+    }
+    if (!one_pass) finish(p, a.counters, nullptr);
+}
+
+template <class F>
+cudaError_t with_kernel(Dtype dtype, Activation activation, bool last, bool center_only, F f) {
+    return with_type(dtype, [&](auto t) {
+        using T = decltype(t);
+        return with_flag(last, [&](auto flag) {
+            constexpr bool kLast = decltype(flag)::value;
+            if (center_only)
+                return f(batch_norm_backward_kernel<T, Fixed<activations::identity>, true, kLast>);
+            return with_activation_type<T>(activation, [&](auto activity) {
+                return f(
+                    batch_norm_backward_kernel<T, typename decltype(activity)::type, false, kLast>);
+            });
+        });
+    });
+}
+
+}  // namespace
+
+// ---- launchers ----------------------------------------------------------------------------------
+
+cudaError_t batch_norm_backward(const BatchNormBackward& a, Dtype dtype, cudaStream_t stream) {
+    return with_kernel(dtype, a.activation, a.plan.last, a.center_only, [&](auto kernel) {
+        return launch(kernel, a.plan.blocks, kThreads, a.plan.shared_bytes, stream, a);
+    });
+}
+
+cudaError_t batch_norm_backward_resident(const BatchNormPlan& plan, const BatchNormRequest& request,
+                                         int* blocks) {
+    return with_kernel(
+        request.dtype, request.activation, plan.last, request.operands == 1,
+        [&](auto kernel) { return resident_blocks(kernel, kThreads, plan.shared_bytes, blocks); });
+}
+
+}  // namespace fastnorm
