@@ -201,19 +201,42 @@ __device__ __forceinline__ void settle(const BatchNormBackward& a, unsigned grou
     if (Count > 1) values[kMeanDzXHat * p.channels + t] = dweight / count * rstd;
 }
 
+// Leaves a tile's sums to the group's other blocks.
+template <class S>
+__device__ __forceinline__ void publish(const BatchNormBackward& a, const Work& work,
+                                        const S& found) {
+    const BatchNormPlan& p = a.plan;
+    S* partials = partials_of<S>(a.partials, p, work.group) + long(work.member) * p.channels;
+    if (int(threadIdx.x) < p.channels) partials[threadIdx.x] = found;
+    if (p.form != BatchNormForm::pass) arrive(a.counters + kArrivals + work.group);
+}
+
+// Whether this block sees what all blocks of its group have published: it waits for them, or, where
+// nothing else is left to do, has to be the last of them.
+__device__ __forceinline__ bool gather(const BatchNormBackward& a, const Work& work) {
+    const BatchNormPlan& p = a.plan;
+    unsigned* arrivals = a.counters + kArrivals + work.group;
+    if (p.form != BatchNormForm::pass) {
+        wait(arrivals, p.members);
+        return true;
+    }
+    const bool last = arrive_last(arrivals, p.members);
+    if (last && threadIdx.x == 0) *arrivals = 0;
+    return last;
+}
+
 template <class T, class Activity, bool kCenterOnly, bool kLast>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kLast && sizeof(T) == 2 ? 2 : 3)
     batch_norm_backward_kernel(const __grid_constant__ BatchNormBackward a) {
     using W = Wide<T>;
     using S = ChannelSums<W, kCenterOnly>;
     const BatchNormPlan& p = a.plan;
-    const bool one_pass = p.form == BatchNormForm::pass;
-    const int t = threadIdx.x;
+    const bool one_pass = p.form == BatchNormForm::pass, shares = p.partials > 0;
     const Work work = take_work(p, a.counters);
     const Shared<T, S> shared(p);
-    const T *x = static_cast<const T*>(a.x), *dy = static_cast<const T*>(a.dy);
     const T* operands[kCenterOnly ? 1 : 3];
-    operands[0] = x, operands[kDy<kCenterOnly>] = dy;
+    operands[0] = static_cast<const T*>(a.x);
+    operands[kDy<kCenterOnly>] = static_cast<const T*>(a.dy);
     if constexpr (!kCenterOnly) operands[kResidual] = static_cast<const T*>(a.residual);
     BackwardTile<T, kCenterOnly, kLast> tile(p, operands, nullptr, !kCenterOnly, shared.tiles,
                                              work);
@@ -227,42 +250,30 @@ __global__ void __launch_bounds__(kThreads, 2)
     Sweep sweep = {work.reduces && (!one_pass || wants_sums), one_pass, a.sums != nullptr};
     if (one_pass) tile.turn();
 #pragma unroll 1
-    while (true) {
+    while (true) {  // the first sweep or, in one pass, the only one; then the second
         for (unsigned i = 0; i < tile.count && (sweep.reduces || sweep.writes); ++i) {
-            const unsigned h = sweep.writes ? tile.count - 1 - i : i;
-            if (sweep.writes) {
-                tile.leave(h);
-                tile.left(h);
-            } else {
-                tile.enter(h);
-                tile.entered(h);
-            }
-            work_on<T, Activity, kCenterOnly, kLast>(a, tile, h, sweep, activity, channels);
+            tile.advance(i);
+            tile.arrived(i);
+            work_on<T, Activity, kCenterOnly, kLast>(a, tile, tile.batch(i), sweep, activity,
+                                                     channels);
         }
         if (one_pass ? !sweep.reduces : sweep.writes) break;
         S found = {};
-        if (sweep.reduces)
+        if (sweep.reduces) {
             found = combine_block<W>(channels.sums, p.lanes, p.columns, shared.table);
-        if (p.members > 1 && sweep.reduces) {
-            S* partials = partials_of<S>(a.partials, p, work.group);
-            if (t < p.channels) partials[long(work.member) * p.channels + t] = found;
-            if (!one_pass) arrive(a.counters + kArrivals + work.group);
+            if (shares) publish(a, work, found);
         }
         if (!one_pass && !work.applies) break;
-        if (!one_pass) tile.turn();
-        if (p.members > 1) {
-            unsigned* arrivals = a.counters + kArrivals + work.group;
-            if (!one_pass) {
-                wait(arrivals, p.members);
-            } else if (!arrive_last(arrivals, p.members)) {
-                return;
-            } else if (t == 0) {
-                *arrivals = 0;
-            }
+        if (!one_pass) {
+            tile.turn();
+            tile.advance(0);
+        }
+        if (shares) {
+            if (!gather(a, work)) break;
             found = combine_members<W>(partials_of<S>(a.partials, p, work.group), p, shared.table);
         }
         settle(a, work.group, one_pass || work.member == 0, found, rstd, shared.values);
-        if (one_pass) return;
+        if (one_pass) break;
         __syncthreads();
         channels.get_means();
         sweep = {false, true, true};

@@ -100,13 +100,13 @@ __device__ __forceinline__ void collect(const BatchNormForward& a, ForwardTile<T
         W sum[K] = {}, squares[K] = {}, mean[K];
         int n = 0;
         for (unsigned i = h; i < end; ++i) {
-            tile.enter(i);
+            tile.advance(i);
             if (i == 0) {
                 find_pivots<T>(a, tile.group, shared.values);
                 __syncthreads();
                 shared.get(kMean, a.plan, tile.lane.column, pivot);
             }
-            tile.entered(i);
+            tile.arrived(i);
             n += each(tile, i, pivot, [&](int k, W d) { sum[k] += d; });
         }
         const W per_n = n > 0 ? reciprocal(W(n)) : W(0);
@@ -207,7 +207,10 @@ __global__ void __launch_bounds__(kThreads, kLast || sizeof(T) == 8 ? 2 : 3)
     } else if (a.batch_stats) {
         find_pivots<T>(a, work.group, shared.values);
     }
-    if (work.applies && a.y != nullptr) tile.turn();
+    if (work.applies && a.y != nullptr) {
+        tile.turn();
+        tile.advance(0);
+    }
     if (a.batch_stats && p.partials > 0) {
         if (const int t = threadIdx.x; work.reduces && t < p.channels)
             partials[long(work.member) * p.channels + t] = found;
@@ -231,9 +234,10 @@ __global__ void __launch_bounds__(kThreads, kLast || sizeof(T) == 8 ? 2 : 3)
     shared.get(kMean, p, tile.lane.column, mean);
     shared.get(kScale, p, tile.lane.column, scale);
     shared.get(kBias, p, tile.lane.column, bias);
-    for (unsigned h = tile.count; h-- > 0;) {
-        tile.leave(h);
-        tile.left(h);
+    for (unsigned i = 0; i < tile.count; ++i) {
+        const unsigned h = tile.batch(i);
+        tile.advance(i);
+        tile.arrived(i);
 #pragma unroll 1
         for (int u = 0; u < kForwardSlots; ++u) {
             const Slot s = tile.slot(h, u);

@@ -199,9 +199,9 @@ struct Shared {
 
 // A block's share of a group: its batches, each kSlots slots of every thread, on their way through
 // shared memory. The first `loose` of them pass through kStages buffers, the others have their own
-// and stay. First batches are visited in order, to be reduced: enter(h) starts copies, entered(h)
-// waits for them. Then in reverse, to be applied: leave(h) and left(h). What was read last is
-// still close by.
+// and stay. The first visit, to reduce them, goes from batch to batch in order; the second, to
+// apply, in reverse: what was read last is still close by. advance(i) starts copies, arrived(i)
+// waits.
 template <class T, bool kLast, int kSlots, int kOperands>
 struct Tile {
     static constexpr int kVector = Vector<T>::size;
@@ -212,7 +212,8 @@ struct Tile {
     Vector<T>* buffers;
     unsigned group, first, count, loose;
     Lane<T, kLast> lane;
-    unsigned copied = 0;  // batches, of this visit
+    bool back = false;    // the second visit
+    unsigned copied = 0;  // batches of this visit
 
     __device__ __forceinline__ Tile(const BatchNormPlan& plan, const T* const (&tensors)[kOperands],
                                     const T* more, bool x_first, Vector<T>* memory,
@@ -251,30 +252,21 @@ struct Tile {
         return lane.part(p, position(h, u));
     }
 
-    // Towards reducing batch h, then what follows it.
-    __device__ __forceinline__ void enter(unsigned h) {
-        while (copied < count && (copied >= loose || copied < h + kStages)) {
-            copy_batch(copied, 0, p.operands, copied >= loose);
-            ++copied;
+    __device__ __forceinline__ unsigned batch(unsigned i) const { return back ? count - 1 - i : i; }
+    // Starts copying batch i of this visit, then what follows it.
+    __device__ __forceinline__ void advance(unsigned i) {
+        while (copied < count && (copied < i + kStages || (!back && copied >= loose))) {
+            const unsigned h = batch(copied++);
+            const int begin = back && h >= loose ? p.operands : 0;
+            copy_batch(h, begin, p.operands + (back && extra != nullptr), back || h >= loose);
         }
     }
-    __device__ __forceinline__ void entered(unsigned h) const { copies_done(copied - 1 - h); }
-
+    __device__ __forceinline__ void arrived(unsigned i) const { copies_done(copied - 1 - i); }
     // Between the two visits.
     __device__ __forceinline__ void turn() {
+        back = true;
         copied = 0;
-        leave(count - 1);
     }
-    // Towards applying batch h, then what follows it.
-    __device__ __forceinline__ void leave(unsigned h) {
-        while (copied < count && copied < count - h + kStages - 1) {
-            const unsigned next = count - 1 - copied;
-            const int begin = next < loose ? 0 : p.operands;
-            copy_batch(next, begin, p.operands + (extra != nullptr), true);
-            ++copied;
-        }
-    }
-    __device__ __forceinline__ void left(unsigned h) const { copies_done(copied - (count - h)); }
 
   private:
     __device__ __forceinline__ void copy_batch(unsigned h, int begin, int end, bool once) {
