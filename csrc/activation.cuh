@@ -30,9 +30,6 @@ __device__ __forceinline__ float hyperbolic_tangent(float z) {
 __device__ __forceinline__ double hyperbolic_tangent(double z) {
     return ::tanh(z);
 }
-__device__ __forceinline__ double reciprocal(double z) {
-    return 1.0 / z;
-}
 
 template <class W>
 __device__ __forceinline__ W logistic(W z) {

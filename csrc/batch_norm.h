@@ -21,8 +21,7 @@ enum class BatchNormForm : int {
 
 // i / divisor without a division for 0 <= i < 2^31.
 struct Divisor {
-    long divisor;
-    unsigned magic, shift;
+    unsigned divisor, magic, shift;
 };
 
 // A tensor as the kernels see it.
@@ -43,11 +42,12 @@ struct BatchNormPlan {
     bool dense;        // x lies as y does
     int lanes;         // adjacent threads on adjacent positions of one column
     int columns;       // of slots: channels, or vectors of channels; lanes * columns <= threads
+    int threads;       // of a column
     int channels;      // of a group
+    unsigned positions;  // slots of one column
     int pitch, pad;    // of a row of slots in shared memory: threads + (threads >> pad)
     int operands;      // tensors that a tile is read from before its group's sums are known
     unsigned buffers;  // for batches of these in shared memory
-    long positions;    // slots of one column
     long elements;     // of y
     Divisor row;       // positions of one n
     BatchNormForm form;

@@ -29,11 +29,10 @@ int log2(int n) {
     return k;
 }
 
-Divisor divisor(long d) {
+Divisor divisor(unsigned d) {
     unsigned shift = 0;
-    while (d > 1l << shift && shift < 31) ++shift;
-    const uint64_t rest = d < 1l << 31 ? (1ull << shift) - uint64_t(d) : 0;
-    return {d, unsigned((rest << 32) / uint64_t(d) + 1), shift};
+    while (d > 1u << shift) ++shift;
+    return {d, unsigned((((1ull << shift) - d) << 32) / d + 1), shift};
 }
 
 struct Device {
@@ -64,7 +63,7 @@ struct Planner {
     long tensor() const { return long(p.total) * p.groups; }           // in batches
 
     // What does not depend on how many channels make a group.
-    void lay_out(const BatchNormShape& shape) {
+    cudaError_t lay_out(const BatchNormShape& shape) {
         const bool x_last =
             shape.C > 1 && shape.x_stride_c == 1 && (shape.x_stride_s != 1 || shape.S == 1);
         p.shape = shape;
@@ -83,19 +82,22 @@ struct Planner {
         p.elements = shape.N * shape.C * shape.S;
         long row = p.last ? shape.S : divide_up(shape.S, vector);
         if (p.skewed) row = (shape.S + 2 * vector - 3) / vector + 1;
-        p.row = divisor(row);
-        p.positions = shape.N * row;
+        if (shape.N * row >= 1l << 31) return cudaErrorInvalidValue;
+        p.row = divisor(unsigned(row));
+        p.positions = unsigned(shape.N * row);
+        return cudaSuccess;
     }
 
     void cut(int columns) {
         p.columns = columns;
         p.lanes = power_of_two(p.last ? 1 : p.row.divisor, kWarp);
         while (p.lanes * columns > kThreads) p.lanes /= 2;
+        p.threads = kThreads / columns;
         p.channels = columns * (p.last ? vector : 1);
         p.pad = p.transposed ? log2(vector * p.lanes) : 31;
         p.pitch = kThreads + (p.transposed ? kThreads >> p.pad : 0);
         p.groups = unsigned(divide_up(p.shape.C, p.channels));
-        p.total = unsigned(divide_up(p.positions, long(slots()) * (kThreads / columns)));
+        p.total = unsigned(divide_up(p.positions, long(slots()) * p.threads));
     }
 
     // The fewest columns of a group that read memory well.
@@ -246,7 +248,7 @@ cudaError_t batch_norm_plan(const BatchNormShape& shape, const BatchNormRequest&
     *plan = {};
     const int size = request.dtype == Dtype::float64 ? 8 : request.dtype == Dtype::float32 ? 4 : 2;
     Planner planner = {request, device, *plan, size, 16 / size, size == 8 ? 8 : 4};
-    planner.lay_out(shape);
+    FASTNORM_TRY(planner.lay_out(shape));
     return planner.choose();
 }
 

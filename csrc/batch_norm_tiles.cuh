@@ -21,9 +21,13 @@ constexpr int kChannels = kLast ? Vector<T>::size : 1;
 
 // ---- which elements -----------------------------------------------------------------------------
 
-__device__ __forceinline__ long quotient(long i, const Divisor& d) {
-    if (i >= 1l << 31) return i / d.divisor;
-    return (__umulhi(unsigned(i), d.magic) + unsigned(i)) >> d.shift;
+__device__ __forceinline__ unsigned quotient(unsigned i, const Divisor& d) {
+    return (__umulhi(i, d.magic) + i) >> d.shift;
+}
+
+// Of a power of two: how far to shift instead of dividing.
+__device__ __forceinline__ int bits(int n) {
+    return __ffs(n) - 1;
 }
 
 // A vector of elements that are adjacent in x and in y; the run that it belongs to may begin after
@@ -53,33 +57,33 @@ struct Lane {
 
     __device__ __forceinline__ Lane(const BatchNormPlan& p, unsigned group) {
         const int t = threadIdx.x;
-        column = t / p.lanes % p.columns;
-        index = t % p.lanes + t / (p.lanes * p.columns) * p.lanes;
+        column = t >> bits(p.lanes) & (p.columns - 1);
+        index = (t & (p.lanes - 1)) + (t >> bits(p.lanes * p.columns)) * p.lanes;
         channel = long(group) * p.channels + column * kChannels<T, kLast>;
         place = t + (t >> p.pad);
     }
 
     // Of this thread's slot in a row of one slot for every thread.
-    __device__ __forceinline__ long position(const BatchNormPlan& p, long row) const {
-        return row * (kThreads / p.columns) + index;
+    __device__ __forceinline__ unsigned position(const BatchNormPlan& p, unsigned row) const {
+        return row * p.threads + index;
     }
 
-    __device__ __forceinline__ Slot slot(const BatchNormPlan& p, long i) const {
+    __device__ __forceinline__ Slot slot(const BatchNormPlan& p, unsigned i) const {
         const BatchNormShape& s = p.shape;
         if (i >= p.positions || channel >= s.C) return {0, 0, 0, 0};
-        const long n = quotient(i, p.row), rest = i - n * p.row.divisor;
+        const unsigned n = quotient(i, p.row), rest = i - n * p.row.divisor;
         if constexpr (kLast) {
             return {n * s.x_stride_n + rest * s.x_stride_s + channel, i * s.C + channel, channel,
                     s.C};
         } else {
             const long y = (n * s.C + channel) * s.S;
-            const long low = rest * kVector - (p.skewed ? y % kVector : 0);
+            const long low = long(rest) * kVector - (p.skewed ? y & (kVector - 1) : 0);
             return {n * s.x_stride_n + channel * s.x_stride_c + low, y + low, low, s.S};
         }
     }
 
     // The same without the offsets; past the last channel, values that nobody uses count too.
-    __device__ __forceinline__ Part part(const BatchNormPlan& p, long i) const {
+    __device__ __forceinline__ Part part(const BatchNormPlan& p, unsigned i) const {
         if (i >= p.positions || channel >= p.shape.C) return {0, 0};
         if (kLast || !p.ragged) return {0, kVector};
         const Slot s = slot(p, i);
@@ -242,8 +246,8 @@ struct Tile {
     __device__ __forceinline__ Vector<T>& at(unsigned h, int operand, int u) const {
         return row(h, operand, u)[lane.place];
     }
-    __device__ __forceinline__ long position(unsigned h, int u) const {
-        return lane.position(p, long(first + h) * kSlots + u);
+    __device__ __forceinline__ unsigned position(unsigned h, int u) const {
+        return lane.position(p, (first + h) * kSlots + u);
     }
     __device__ __forceinline__ Slot slot(unsigned h, int u) const {
         return lane.slot(p, position(h, u));
@@ -308,15 +312,17 @@ struct Tile {
     // time, transposed on the way.
     __device__ __forceinline__ void copy_transposed(unsigned h, const T* x) {
         const BatchNormShape& s = p.shape;
-        const int vectors = p.columns / kVector, threads = kThreads / p.columns;
+        const int vectors = p.columns / kVector, threads = p.threads;
         __syncthreads();  // the last batch that was here has been used
+#pragma unroll 1
         for (int item = threadIdx.x; item < kSlots * threads * kVector * vectors;
              item += kThreads) {
-            const int column = item % vectors * kVector, element = item / vectors;
+            const int column = (item & (vectors - 1)) * kVector, element = item >> bits(vectors);
             const int position = element / kVector, j = element % kVector;
-            const long i = long(first + h) * kSlots * threads + position;
+            const unsigned i = (first + h) * kSlots * threads + position;
             const long c = long(group) * p.channels + column;
-            const long n = quotient(i, p.row), rest = (i - n * p.row.divisor) * kVector + j;
+            const unsigned n = quotient(i, p.row);
+            const long rest = long(i - n * p.row.divisor) * kVector + j;
             Vector<T> v = {};
             if (i < p.positions && rest < s.S && c < s.C) {
                 const T* begin = x + n * s.x_stride_n + rest * s.x_stride_s + c;
@@ -324,12 +330,12 @@ struct Tile {
                 v = channels.whole<T>() && misalignment(begin) == 0 ? load_vector(begin)
                                                                     : load_part(begin, channels);
             }
-            const int index = position % threads;
-            Vector<T>* to = row(h, 0, position / threads);
+            const int index = position & (threads - 1), round = index >> bits(p.lanes);
+            Vector<T>* to = row(h, 0, position >> bits(threads));
 #pragma unroll
             for (int k = 0; k < kVector; ++k) {
                 const int thread =
-                    index % p.lanes + p.lanes * (column + k + p.columns * (index / p.lanes));
+                    (index & (p.lanes - 1)) + p.lanes * (column + k + p.columns * round);
                 to[thread + (thread >> p.pad)].v[j] = v.v[k];
             }
         }
@@ -366,6 +372,7 @@ __device__ __forceinline__ E shuffle_xor(const E& e, int step) {
 template <class W, int K, class E>
 __device__ __forceinline__ E combine_block(E (&mine)[K], int lanes, int columns, E* table) {
     const int t = threadIdx.x, lane = t % kWarp, owned = lanes * columns;
+#pragma unroll 1
     for (int step = 1; step < kWarp; step *= 2) {
         if (step >= lanes && step < owned) continue;  // those threads have other columns
 #pragma unroll
@@ -373,16 +380,16 @@ __device__ __forceinline__ E combine_block(E (&mine)[K], int lanes, int columns,
     }
     const int channels = columns * K, span = owned < kWarp ? kWarp : owned;
     __syncthreads();  // the table's last use is over
-    if (lane % lanes == 0 && lane < owned) {
-        E* row = table + t / span * channels + t / lanes % columns * K;
+    if ((lane & (lanes - 1)) == 0 && lane < owned) {
+        E* row = table + (t >> bits(span)) * channels + (t >> bits(lanes) & (columns - 1)) * K;
 #pragma unroll
         for (int k = 0; k < K; ++k) row[k] = mine[k];
     }
     __syncthreads();
     E all = {};
     if (t < channels) {
-        all = table[t];
-        for (int row = 1; row < kThreads / span; ++row)
+#pragma unroll 1
+        for (int row = 0; row < kThreads >> bits(span); ++row)
             all = combine(all, table[row * channels + t]);
     }
     return all;
@@ -396,9 +403,10 @@ __device__ __forceinline__ E* partials_of(void* partials, const BatchNormPlan& p
 // What all members of a group have published, combined: thread c returns it for channel c.
 template <class W, class E>
 __device__ __forceinline__ E combine_members(const E* partials, const BatchNormPlan& p, E* table) {
-    const int channel = threadIdx.x % p.channels, step = kThreads / p.channels;
+    const int channel = threadIdx.x & (p.channels - 1), width = bits(p.channels);
     E mine[1] = {};
-    for (unsigned m = threadIdx.x / p.channels; m < p.members; m += step)
+#pragma unroll 4
+    for (unsigned m = threadIdx.x >> width; m < p.members; m += kThreads >> width)
         mine[0] = combine(mine[0], partials[long(m) * p.channels + channel]);
     return combine_block<W>(mine, 1, p.channels, table);
 }

@@ -137,6 +137,10 @@ __device__ __forceinline__ Sums<Count, W> block_sum(Sums<Count, W> s) {
     return warp_sum(s);
 }
 
+__device__ __forceinline__ double reciprocal(double z) {
+    return 1.0 / z;
+}
+
 // Count, mean and sum of squared deviations of a set of numbers; Chan's merge of two sets.
 template <class W>
 struct Moments {
@@ -148,7 +152,7 @@ __device__ __forceinline__ Moments<W> merge(Moments<W> a, Moments<W> b) {
     const W count = a.count + b.count;
     if (b.count == W(0)) return a;
     if (a.count == W(0)) return b;
-    const W share = b.count / count;
+    const W share = b.count * reciprocal(count);
     // from an infinite mean there is no difference: it must stay infinite, not become NaN
     const W delta = a.mean - a.mean == W(0) ? b.mean - a.mean : b.mean;
     const W mean = a.mean - a.mean == W(0) ? a.mean + delta * share : a.mean + b.mean;
