@@ -16,6 +16,8 @@ from benchmarks.ops import OPS
 from benchmarks.peers import Peer
 from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
+from benchmarks.small import every_kind
+from benchmarks.small import main as check_small
 
 # op, variant, shape, layout, dtype, forward, backward: counted by hand, tensor by tensor
 HAND_COUNTS = [
@@ -60,35 +62,8 @@ def test_every_op_has_a_hand_count() -> None:
     assert {row[0] for row in HAND_COUNTS} == set(OPS)
 
 
-def small(problem: Problem) -> Problem:
-    """The same problem with few elements: batch and sides cut down, channels left alone."""
-    if problem.op == "weight_norm":
-        if problem.variant == "hifigan":
-            return problem
-        return replace(problem, shape=tuple(min(n, 12) for n in problem.shape))
-    shape = list(problem.shape)
-    if problem.op == "layer_norm":
-        dims = 3 if problem.variant == "last3" else 1
-        shape[:-dims] = [min(n, 3) for n in shape[:-dims]]
-        shape[-dims:] = [min(n, 40) for n in shape[-dims:]]
-    else:
-        shape = [min(n, 6) for n in shape]
-    return replace(problem, shape=tuple(shape))
-
-
-def every_kind() -> list[Problem]:
-    """One small problem of each op, variant, layout and dtype that a suite on a GPU has."""
-    names = [name for name in suites.NAMES if name != suites.MODELS]
-    found: dict[tuple[str, ...], Problem] = {}
-    for problem in suites.problems(names, "cuda"):
-        key = (problem.op, problem.variant, problem.layout, problem.dtype)
-        found.setdefault(key, small(problem))
-    return [p for p in found.values() if p.variant != "hifigan"]
-
-
 @pytest.mark.parametrize("problem", every_kind(), ids=str)
 def test_ours_computes_what_torch_does(problem: Problem) -> None:
-    problem = replace(problem, modes=("forward", "backward"))
     stage = Stage(problem, "cpu")
     tensors = stage.fresh()
     call = PROVIDERS["fastnorm"].bind(problem, tensors)
@@ -129,7 +104,7 @@ def test_running_statistics_are_checked() -> None:
 
 def test_oracle_in_parts_is_the_oracle_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for problem in every_kind():
-        stage = Stage(replace(problem, modes=("forward", "backward")), "cpu")
+        stage = Stage(problem, "cpu")
         whole = stage.torch_errors
         monkeypatch.setattr(correctness, "PART", problem.numel // 2)
         tensors = stage.fresh()
@@ -196,3 +171,10 @@ def test_hifigan_is_the_generator_of_the_models() -> None:
         if name.endswith("original1")
     ]
     assert sorted(shapes) == sorted(ops.HIFIGAN)
+
+
+def test_check_of_small_problems(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_small(["--backend", "reference", "--device", "cpu", "--op", "weight_norm"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "weight_norm dim0 12x12 flat float32: right" in said
+    assert said[-1] == "0 wrong on reference, cpu"
