@@ -31,6 +31,7 @@ from tests.distributed_sync import (
     same_gradients,
     two,
 )
+from tests.twins import C, Residual
 
 
 @every
@@ -225,24 +226,10 @@ def a_group_for_another_device_is_named(rank: int, ranks: int) -> None:
         ours(torch.zeros(2, 3))
 
 
-class Block(nn.Module):
-    """A residual block whose additions and activations fuse_ folds."""
-
-    def __init__(self, C: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(C, C, 3, padding=1, bias=False), nn.BatchNorm2d(C)
-        self.conv2, self.bn2 = nn.Conv2d(C, C, 3, padding=1, bias=False), nn.BatchNorm2d(C)
-        self.relu = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + x)
-
-
 def network() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU(), Block(4), nn.Flatten(),
-        nn.Linear(4 * 16, 6), nn.SyncBatchNorm(6),
+        nn.Conv2d(3, C, 3, padding=1), nn.BatchNorm2d(C), nn.SiLU(), Residual(torch.add),
+        nn.Flatten(), nn.Linear(C * 16, 6), nn.SyncBatchNorm(6),
     ).double()  # fmt: skip
 
 
