@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -214,8 +215,16 @@ def what_torch_refuses_is_refused_before_anybody_waits(rank: int, ranks: int) ->
     with pytest.raises(ValueError, match="must either both be None or neither"):
         ours(torch.zeros(2, 3))
     _, ours = pair((3,), torch.float32)
-    with pytest.raises(RuntimeError, match=r"does not work under torch\.func"):
-        torch.func.grad(lambda x: ours(x).sum())(torch.randn(2, 3))
+    x = torch.randn(2, 3)
+    for transform in (
+        lambda: torch.func.grad(lambda x: ours(x).sum())(x),
+        lambda: torch.jit.trace(ours, x),
+        lambda: torch.export.export(ours, (x,)),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit.trace's, about every size that is compared
+            with pytest.raises(RuntimeError, match="does not work under"):
+                transform()
 
 
 @two

@@ -174,6 +174,16 @@ def ddp_finds_unused_parameters(rank: int, ranks: int) -> None:
 
 
 @two
+def ddp_around_a_compiled_model(rank: int, ranks: int) -> None:
+    """One graph, collectives included, inside DDP, which Dynamo does not trace into."""
+    theirs, ours = pair(sync=True)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    train(DistributedDataParallel(compiled), own(rank))
+    train(theirs, slice(None))
+    agree(theirs, ours)
+
+
+@two
 def fsdp_trains_as_plain_torch(rank: int, ranks: int) -> None:
     for backend in BACKENDS:
         theirs, ours = (fsdp(model) for model in pair())
