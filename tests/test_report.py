@@ -52,6 +52,18 @@ def test_summary_is_what_a_hand_counts() -> None:
     assert summary[1] == ["batch_norm", "nchw", "host", "1", "", "", "", "", ""]
 
 
+def test_formulas_of_kernelbench_do_not_raise_the_mean_of_an_op() -> None:
+    results = made_up.small_results()
+    for median, provider in ((9.0, "torch"), (1.0, "fastnorm")):
+        row = made_up.small_row("won", provider, median)
+        row.variant = "kernelbench_88"
+        results.rows.append(row)
+    summary = summary_rows(made_up.run_of(results).lines)
+    assert COUNTED in summary
+    (apart,) = (row for row in summary if row[0] == "batch_norm (KernelBench)")
+    assert apart[3:6] == ["1", "0.50", "9.00x"]
+
+
 def test_table_is_what_a_hand_counts() -> None:
     run = made_up.run_of(made_up.small_results())
     one = table("batch_norm, forward", run.of("forward"), run)
