@@ -6,8 +6,9 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
-from benchmarks import correctness, ops, suites
+from benchmarks import correctness, models, ops, suites
 from benchmarks.floors import floor_bytes
 from benchmarks.jobs import OpJob, plan
 from benchmarks.measure import Bench, Stage
@@ -18,6 +19,7 @@ from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
 from benchmarks.small import every_kind
 from benchmarks.small import main as check_small
+from fastnorm.demo import own_resnet
 
 # op, variant, shape, layout, dtype, forward, backward: counted by hand, tensor by tensor
 HAND_COUNTS = [
@@ -140,8 +142,7 @@ def test_rows_of_a_problem() -> None:
 def test_suites_plan_important_jobs_first(suite: str, device: str) -> None:
     models = MODELS.values() if suite == suites.MODELS else []
     jobs = plan(suites.problems([suite], device), models, PROVIDERS, device)
-    if suite != "kernelbench" or device == "cuda":
-        assert jobs
+    assert jobs
     assert [job.rank for job in jobs] == sorted(job.rank for job in jobs)
     for job in jobs:
         if isinstance(job, OpJob):
@@ -178,3 +179,38 @@ def test_check_of_small_problems(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out.splitlines()
     assert "weight_norm dim0 12x12 flat float32: right" in said
     assert said[-1] == "0 wrong on reference, cpu"
+
+
+@pytest.mark.parametrize("provider", ["fastnorm-replaced", "fastnorm"])
+def test_step_of_a_model(provider: str) -> None:
+    model = replace(
+        MODELS["resnet50"], sources=(("our own", own_resnet),), cpu_shape=(2, 3, 16, 16)
+    )
+    (row,) = models.rows(model, provider, "cpu")
+    assert row.ok, row.note
+    assert row.note.startswith("our own; replace_ changed ")
+    assert row.mode == "step"
+    assert row.samples_per_second == pytest.approx(2e3 / row.ms_median)
+
+
+def test_a_model_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def surgery(module: torch.nn.Module, provider: str) -> str:
+        for part in module.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.eps = 1e-4
+        return "changed"
+
+    monkeypatch.setattr(models, "_surgery", surgery)
+    model = replace(
+        MODELS["resnet50"], sources=(("our own", own_resnet),), cpu_shape=(2, 3, 16, 16)
+    )
+    (row,) = models.rows(model, "fastnorm", "cpu")
+    assert not row.ok
+    assert row.ms_median is None
+    assert row.note.startswith("wrong result: ")
+
+
+def test_a_model_of_which_no_source_is_installed() -> None:
+    model = replace(MODELS["bert_base"], sources=())
+    (row,) = models.rows(model, "torch", "cpu")
+    assert not row.ok
