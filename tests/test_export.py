@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import subprocess
 import sys
 from collections import Counter
@@ -165,13 +166,34 @@ def test_a_replaced_model_scripts() -> None:
 
 @pytest.mark.parametrize("name", ["batch_norm_act", "layer_norm_act", "gelu_sigmoid", "mean_only"])
 def test_torchscript_of_what_torch_has_no_layer_for_names_restore_(name: str) -> None:
-    with pytest.raises(RuntimeError, match=r"fastnorm\.restore_\(model\).*torch\.export"):
+    with pytest.raises(RuntimeError, match=r"fastnorm\.restore_\(model\).*ONNX.*torch\.export"):
         torch.jit.script(make_layer(name))
 
 
+# of Python's own comparisons of sizes, which our checks make as torch's do
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @every_layer
 def test_a_traced_program_is_made_of_torchs_operators(name: str) -> None:
     layer, x = make_layer(name).eval(), make_input(name).detach()
     traced = torch.jit.trace(layer, (x,))
     assert "fastnorm::" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(x), layer(x), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dynamo", [True, False], ids=["from export", "from a trace"])
+def test_onnx_gets_the_operators_that_torchs_layers_give(
+    dynamo: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("onnxscript", reason="torch.onnx needs the package onnxscript")
+    import onnx
+
+    kinds = []
+    ours, theirs = model().eval(), model().eval()
+    fastnorm.replace_(ours)
+    fastnorm.fuse_(ours)
+    for net in (ours, theirs):
+        buffer = io.BytesIO()
+        torch.onnx.export(net, (X,), buffer, dynamo=dynamo, verbose=False)
+        graph = onnx.load_from_string(buffer.getvalue()).graph
+        kinds.append([node.op_type for node in graph.node])
+    assert kinds[0] == kinds[1]
