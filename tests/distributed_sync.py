@@ -27,16 +27,21 @@ every = case(*RANKS)
 two = case(2)
 
 
-def _serves_here(backend: str) -> bool:
-    """Whether a backend has these ops and takes CPU tensors: gloo's ranks have no others."""
-    if dispatch._refusal(backend, torch.empty(0)) is not None:
-        return False
+def has_ops(backend: str) -> bool:
+    """Whether a backend has the ops of synchronised batch norm."""
     module = importlib.import_module(f"fastnorm.ops.batch_norm.{backend}")
     return hasattr(module, "batch_norm_merge")
 
 
-# "auto" is the reference on a CPU
-BACKENDS = ("auto", *(name for name in AVAILABLE if name != "reference" and _serves_here(name)))
+# "auto" is the reference on a CPU; gloo's ranks have CPU tensors only
+BACKENDS = (
+    "auto",
+    *(
+        name
+        for name in AVAILABLE
+        if name != "reference" and dispatch._refusal(name, torch.empty(0)) is None and has_ops(name)
+    ),
+)
 
 
 def parts(ranks: int, kind: str) -> list[int]:

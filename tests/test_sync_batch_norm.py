@@ -20,7 +20,6 @@ from tests.batch_norm_twins import outcome, results, same_state, torch_warns, tw
 from tests.distributed import Collectives, parametrize
 from tests.distributed import outcome as outcome_of_ranks
 from tests.distributed_sync import BACKENDS
-from tests.test_registry import HoldToFake
 
 
 @parametrize("tests.distributed_sync_values", "tests.distributed_sync_layer")
@@ -147,34 +146,6 @@ def test_programs() -> None:
     assert "fastnorm" not in str(graph)  # such programs run where this package is not installed
     with pytest.raises(RuntimeError, match=r"TorchScript has no collectives.*restore_\(model\)"):
         torch.jit.script(model)
-
-
-# torch's own, from opcheck
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS[1:]], indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_real_outputs_are_as_the_fake_says(backend: str, dtype: torch.dtype) -> None:
-    ops = torch.ops.fastnorm
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x, dy, r = (torch.randn(3, 5, 4, 2, dtype=dtype).to(memory_format=layout) for _ in range(3))
-        weight, bias = torch.rand(2, 5, dtype=dtype)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        running = torch.zeros(5, dtype=wide), torch.ones(5, dtype=wide), torch.tensor(0)
-        with HoldToFake():
-            gathered = ops.batch_norm_statistics(x).expand(3, -1).contiguous()
-            mean, var, count = ops.batch_norm_merge(gathered, *running, 0.1)
-            assert (count, running[2]) == (3 * 24, 1)
-            given = x, dy, r, weight, bias, mean, var
-            sums = torch.cat(ops.batch_norm_reduce(*given, "silu"))
-            for needs_dresidual in (True, False):
-                ops.batch_norm_apply(*given, sums, count, "silu", needs_dresidual)
-    for op, inputs in (
-        (ops.batch_norm_statistics, (x,)),
-        (ops.batch_norm_merge, (gathered, *running, 0.1)),
-        (ops.batch_norm_reduce, (*given, "silu")),
-        (ops.batch_norm_apply, (*given, sums, count, "silu", True)),
-    ):
-        torch.library.opcheck(op.default, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
 # the conversion
