@@ -346,7 +346,8 @@ def layer_norm_cases() -> Iterator[Case]:
 
 
 def weight_norm_cases() -> Iterator[Case]:
-    for shape in ((6, 5), (8, 4, 3), (33, 49), (3, 770), (5,)):
+    # the last is long enough for several blocks per norm
+    for shape in ((6, 5), (8, 4, 3), (33, 49), (3, 770), (5,), (1100, 8)):
         for dim in (None, *range(len(shape))):
 
             def make(dtype: torch.dtype, shape=shape, dim=dim) -> Tensors:  # type: ignore[no-untyped-def]
