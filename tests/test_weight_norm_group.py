@@ -594,7 +594,7 @@ def test_empty_weights_and_tensors_that_are_not_plain():
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 def test_errors():
-    with pytest.raises(ValueError, match="Linear has no weight-normed layer .* first"):
+    with pytest.raises(ValueError, match=r"Linear has no weight-normed layer .* first"):
         fastnorm.weight_norm_(nn.Linear(3, 3))
     former = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match="1 have torch's former weight norm"):
