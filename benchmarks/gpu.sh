@@ -128,9 +128,12 @@ fi
 
 suites=${FASTNORM_SUITES:-ops,models,host,kernelbench}
 device=cuda
-[ -n "$dry" ] && suites=quick device=cpu
 reserve=15 # to start, to end, and for the summary
 remaining=$(($(left) - reserve))
+if [ -n "$dry" ]; then
+    suites=quick device=cpu
+    [ $remaining -gt 20 ] && remaining=20
+fi
 if [ $remaining -lt 5 ]; then
     echo "== suite: no time left for it"
     failed+=(suite)
