@@ -1,4 +1,4 @@
-.PHONY: check test bench
+.PHONY: check test bench results
 
 PYTHON ?= python
 CUDA_SOURCES := $(foreach folder,csrc tests/emulation,$(wildcard $(addprefix $(folder)/*.,cu cuh h cpp)))
@@ -14,3 +14,8 @@ test:
 
 bench:
 	$(PYTHON) -m pytest benchmarks --benchmark-only
+
+# of a checkout without changes, on a machine that does nothing else: the file, its picture, the README's table
+results:
+	$(PYTHON) -m benchmarks run --suite quick --keep --note "$(NOTE)"
+	$(PYTHON) -m benchmarks report --readme

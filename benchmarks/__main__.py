@@ -59,7 +59,15 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="SECONDS",
         help=f"default {command.GPU_BUDGET:.0f}, on a CPU {command.CPU_BUDGET:.0f}",
     )
-    run.add_argument("--out", type=Path, default=Path("results.json"), help="default results.json")
+    where = run.add_mutually_exclusive_group()
+    where.add_argument(
+        "--out", type=Path, default=Path("results.json"), help="default results.json"
+    )
+    where.add_argument(
+        "--keep",
+        action="store_true",
+        help="write benchmarks/results/DEVICE/DATE-SHA.json, of a checkout without changes",
+    )
     run.add_argument("--note", default="", help="kept in the file: what else the machine was doing")
     run.add_argument("--plot", action="store_true", help="then write the report beside the file")
     run.set_defaults(run=command.run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -23,20 +24,27 @@ OPTIONS = "launch options"  # in the place of a module: what Triton compiles and
 
 @dataclass(frozen=True)
 class Knob:
-    """A number that a launcher reads, and the values worth trying."""
+    """A number that a launcher reads, and the values worth trying: a constant of its module, or,
+    written "LIMITS.forward", a field of a named tuple there."""
 
     name: str
     module: str
     values: tuple[int, ...]
     modes: tuple[str, ...] = BOTH
+    words: tuple[tuple[int, str], ...] = ()  # what a value stands for
 
     def default(self) -> int | None:
         """What the launcher says now; None for a launch option, which every kernel has its own
         of."""
         if self.module == OPTIONS:
             return None
-        found: int = getattr(importlib.import_module(self.module), self.name)
+        found: int = operator.attrgetter(self.name)(importlib.import_module(self.module))
         return found
+
+    def said(self, value: int) -> str:
+        """name=value, and what it stands for."""
+        word = dict(self.words).get(value)
+        return f"{self.name}={value}" + (f" ({word})" if word else "")
 
     def obstacle(self) -> str | None:
         """Why it cannot be turned in this version and on this machine; None where it can."""
@@ -62,6 +70,9 @@ _PLANES = (
     Knob("GROUP_BYTES", _PLAN, (512, 1024, 4096)),
 )
 _BATCH_NORM_CUDA = "fastnorm.ops.batch_norm.cuda"
+_LAYER_NORM_CUDA = "fastnorm.ops.layer_norm.cuda"
+# the order of BatchNormForm in csrc/batch_norm.h
+_FORMS = tuple(enumerate(("pass", "owner", "hold", "ticket", "stream")))
 
 KNOBS: dict[tuple[str, str], tuple[Knob, ...]] = {
     ("batch_norm", "triton"): _PLANES,
@@ -88,12 +99,20 @@ KNOBS: dict[tuple[str, str], tuple[Knob, ...]] = {
         _WARPS,
     ),
     ("batch_norm", "cuda"): (
-        Knob("FORM", _BATCH_NORM_CUDA, (-1, 1, 2, 3, 4)),  # -1: the rule; see csrc/batch_norm.h
-        Knob("BATCHES", _BATCH_NORM_CUDA, (0, 1, 2, 4, 8)),  # of a tile; 0: the rule
+        Knob("FORM", _BATCH_NORM_CUDA, (-1, 1, 2, 3, 4), words=_FORMS),  # -1: the closed rule
+        Knob("BATCHES", _BATCH_NORM_CUDA, (0, 1, 2, 4, 8)),  # of a tile; 0: the closed rule
+    ),
+    ("layer_norm", "cuda"): (
+        Knob("LIMITS.forward", _LAYER_NORM_CUDA, (0, 512, 1024, 2048), FORWARD),
+        Knob("LIMITS.backward", _LAYER_NORM_CUDA, (0, 256, 512, 1024), BACKWARD),
+        Knob("LIMITS.forward_chunk", _LAYER_NORM_CUDA, (512, 1024, 2048), FORWARD),
+        Knob("LIMITS.backward_chunk", _LAYER_NORM_CUDA, (256, 512, 1024), BACKWARD),
+        Knob("LIMITS.group", _LAYER_NORM_CUDA, (8, 16, 32), BACKWARD),
     ),
 }
 KNOBS["mean_only_batch_norm", "cuda"] = KNOBS["batch_norm", "cuda"]
 
+AS_IT_IS = "as it is"
 Changes = tuple[tuple[str, int], ...]  # (knob, value) of each that is not at its default
 
 
@@ -116,8 +135,9 @@ def candidates(chosen: Iterable[Knob], mode: str) -> list[Changes]:
     return sorted(found, key=len)
 
 
-def label(changes: Changes) -> str:
-    return ", ".join(f"{name}={value}" for name, value in changes) or "as it is"
+def label(chosen: Iterable[Knob], changes: Changes) -> str:
+    by_name = {knob.name: knob for knob in chosen}
+    return ", ".join(by_name[name].said(value) for name, value in changes) or AS_IT_IS
 
 
 def _forget_plans(module: ModuleType) -> None:
@@ -129,13 +149,14 @@ def _forget_plans(module: ModuleType) -> None:
 @contextlib.contextmanager
 def _constant(knob: Knob, value: int) -> Iterator[None]:
     module = importlib.import_module(knob.module)
-    before = getattr(module, knob.name)
-    setattr(module, knob.name, value)
+    name, _, field = knob.name.partition(".")
+    before = getattr(module, name)
+    setattr(module, name, before._replace(**{field: value}) if field else value)
     _forget_plans(module)
     try:
         yield
     finally:
-        setattr(module, knob.name, before)
+        setattr(module, name, before)
         _forget_plans(module)
 
 

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 from benchmarks import report, runner, schema, suites
+from benchmarks.environment import ROOT, environment
 from benchmarks.jobs import Job, plan
 from benchmarks.models import MODELS
 from benchmarks.providers import PROVIDERS
 from benchmarks.refused import Refused, device_of
 
 GPU_BUDGET, CPU_BUDGET = 480.0, 45.0
+RESULTS = ROOT / "benchmarks" / "results"
 INTERRUPTED = 130  # the exit status that a shell gives to Ctrl-C
 
 
@@ -37,6 +39,14 @@ def jobs_of(chosen: argparse.Namespace, device: str) -> list[Job]:
     return jobs
 
 
+def _kept(device: str) -> Path:
+    """Where a results file that is committed lives; Refused where no commit is what is measured."""
+    found = environment(device, 0.0)
+    if found.dirty:
+        raise Refused("--keep: files differ from the commit that the results would name")
+    return RESULTS / found.slug / f"{found.timestamp[:10]}-{found.commit[:10]}.json"
+
+
 def _told(out: Path, left_out: list[Job], budget: float) -> None:
     """Where the results are, what is not among them, and what to do next."""
     if left_out:
@@ -55,8 +65,9 @@ def run(chosen: argparse.Namespace) -> int:
     try:
         device = device_of(chosen.device)
         jobs = jobs_of(chosen, device)
-        if chosen.out.exists():
-            raise Refused(f"{chosen.out} exists: a measurement is never overwritten; name another")
+        out = _kept(device) if chosen.keep else chosen.out
+        if out.exists():
+            raise Refused(f"{out} exists: a measurement is never overwritten; name another")
     except Refused as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return 2
@@ -64,12 +75,12 @@ def run(chosen: argparse.Namespace) -> int:
     if device == "cpu":
         print("on the CPU: fastnorm is torch's own functions here, and its kernels do not run")
     try:
-        left_out = runner.run(jobs, device, budget, chosen.out, chosen.note)
+        left_out = runner.run(jobs, device, budget, out, chosen.note)
     except KeyboardInterrupt:
-        print(f"interrupted: what was measured is in {chosen.out}", file=sys.stderr)
+        print(f"interrupted: what was measured is in {out}", file=sys.stderr)
         return INTERRUPTED
-    _told(chosen.out, left_out, budget)
+    _told(out, left_out, budget)
     if chosen.plot:
-        return report.report_files([chosen.out], None, None)
-    print(f"next: python -m benchmarks report {chosen.out}")
+        return report.report_files([out], None, None)
+    print(f"next: python -m benchmarks report {'--readme' if chosen.keep else out}")
     return 0

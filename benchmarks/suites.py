@@ -168,17 +168,26 @@ def host() -> Iterator[Problem]:
             yield Problem("activation", name, (numel,), "flat", "float32", HOST, importance)
 
 
+# op, variant, the problem's own shape, what a CPU gets in its place, layout
+KERNELBENCH = (
+    ("batch_norm", "plain", (64, 64, 512, 512), (8, 64, 64, 64), "nchw"),  # 33
+    ("layer_norm", "last3", (16, 64, 256, 256), (16, 64, 32, 32), "rows"),  # 40
+    ("activation", "kernelbench_88", (8192, 8192), (1024, 1024), "flat"),
+    ("activation", "kernelbench_25", (4096, 393216), (64, 16384), "flat"),
+    ("activation", "gelu", (4096, 393216), (64, 16384), "flat"),  # 26
+    ("activation", "selu", (4096, 393216), (64, 16384), "flat"),  # 27
+)
+
+
 def kernelbench() -> Iterator[Problem]:
     """KernelBench level 1, at its own sizes, forward, fp32."""
-    wide = (4096, 393216)
-    for op, variant, shape, layout in (
-        ("batch_norm", "plain", (64, 64, 512, 512), "nchw"),  # 33
-        ("layer_norm", "last3", (16, 64, 256, 256), "rows"),  # 40
-        ("activation", "kernelbench_88", (8192, 8192), "flat"),
-        ("activation", "kernelbench_25", wide, "flat"),
-        ("activation", "gelu", wide, "flat"),  # 26
-        ("activation", "selu", wide, "flat"),  # 27
-    ):
+    for op, variant, shape, _, layout in KERNELBENCH:
+        yield Problem(op, variant, shape, layout, "float32", FORWARD, 1)
+
+
+def kernelbench_cpu() -> Iterator[Problem]:
+    """The same problems, cut down."""
+    for op, variant, _, shape, layout in KERNELBENCH:
         yield Problem(op, variant, shape, layout, "float32", FORWARD, 1)
 
 
@@ -188,6 +197,7 @@ SUITES: dict[str, Callable[[], Iterable[Problem]]] = {
     "kernelbench": kernelbench,
     "host": host,
 }
+CPU_SUITES = {**SUITES, "quick": quick_cpu, "kernelbench": kernelbench_cpu}
 MODELS = "models"  # its problems are whole models: see benchmarks/models.py
 NAMES = ("quick", "ops", MODELS, "kernelbench", "host")
 
@@ -199,8 +209,7 @@ def problems(names: Iterable[str], device: str) -> list[Problem]:
     for name in names:
         if name == MODELS:
             continue
-        suite = quick_cpu if name == "quick" and device == "cpu" else SUITES[name]
-        for problem in suite():
+        for problem in (CPU_SUITES if device == "cpu" else SUITES)[name]():
             same = replace(problem, importance=0)
             if same not in seen and (device != "cpu" or problem.numel <= CPU_NUMEL):
                 seen.add(same)

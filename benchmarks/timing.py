@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 WARMUP_MS, MEASURED_MS = 15.0, 60.0  # of one row
-CPU_RUNS = 5  # at least, however long one takes
+CPU_RUNS = 9  # at least, however long one takes
 HOST_CALLS = 2000
 DRAIN = 50  # host calls between two synchronisations: a full launch queue would block
 COPY_BYTES = 1 << 30  # a larger copy is as many times longer: it is bandwidth alone

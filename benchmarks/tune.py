@@ -17,7 +17,7 @@ from typing import Any
 
 import fastnorm
 from benchmarks import runner, schema
-from benchmarks.candidates import Changes, applied, candidates, knobs, label
+from benchmarks.candidates import AS_IT_IS, Changes, applied, candidates, knobs, label
 from benchmarks.jobs import SLOW_S, Job
 from benchmarks.measure import Bench, blank
 from benchmarks.ops import OPS
@@ -62,7 +62,7 @@ class TuneJob:
 
     @property
     def provider_name(self) -> str:
-        return label(self.changes)
+        return label(knobs(self.problem, self.backend), self.changes)
 
     @property
     def family(self) -> str:
@@ -159,7 +159,7 @@ def table(rows: list[Row], environment: Environment) -> str:
     for mode in dict.fromkeys(row.mode for row in rows):
         timed = [row for row in rows if row.mode == mode and row.ms_median is not None]
         found = sorted(timed, key=lambda row: row.ms_median or math.inf)
-        before = next((row.ms_median for row in found if row.provider == label(())), None)
+        before = next((row.ms_median for row in found if row.provider == AS_IT_IS), None)
         lines.append(f"{mode} on {environment.device}")
         lines.append(f"{'ms':>10} {'of the floor':>13} {'to as it is':>12}  candidate")
         for row in found:

@@ -35,21 +35,21 @@ struct BatchNormShape {
 // slots for every thread of a block, copied to shared memory together.
 struct BatchNormPlan {
     BatchNormShape shape;
-    bool last;         // slots lie along channels, else along positions
-    bool transposed;   // slots lie along positions of y, but x has its channels adjacent
-    bool ragged;       // a row is not a whole number of slots
-    bool skewed;       // slots begin on 16 bytes of y, not at the beginning of a row
-    bool dense;        // x lies as y does
-    int lanes;         // adjacent threads on adjacent positions of one column
-    int columns;       // of slots: channels, or vectors of channels; lanes * columns <= threads
-    int threads;       // of a column
-    int channels;      // of a group
+    bool last;           // slots lie along channels, else along positions
+    bool transposed;     // slots lie along positions of y, but x has its channels adjacent
+    bool ragged;         // a row is not a whole number of slots
+    bool skewed;         // slots begin on 16 bytes of y, not at the beginning of a row
+    bool dense;          // x lies as y does
+    int lanes;           // adjacent threads on adjacent positions of one column
+    int columns;         // of slots: channels, or vectors of channels; lanes * columns <= threads
+    int threads;         // of a column
+    int channels;        // of a group
     unsigned positions;  // slots of one column
-    int pitch, pad;    // of a row of slots in shared memory: threads + (threads >> pad)
-    int operands;      // tensors that a tile is read from before its group's sums are known
-    unsigned buffers;  // for batches of these in shared memory
-    long elements;     // of y
-    Divisor row;       // positions of one n
+    int pitch, pad;      // of a row of slots in shared memory: threads + (threads >> pad)
+    int operands;        // tensors that a tile is read from before its group's sums are known
+    unsigned buffers;    // for batches of these in shared memory
+    long elements;       // of y
+    Divisor row;         // positions of one n
     BatchNormForm form;
     unsigned groups;
     unsigned members;  // blocks, or pairs of blocks, that share a group: its tiles
@@ -79,25 +79,42 @@ struct BatchNormRequest {
 cudaError_t batch_norm_plan(const BatchNormShape& shape, const BatchNormRequest& request,
                             BatchNormPlan* plan);
 
+// Statistics that a batch moves towards its own, and by how much.
+struct BatchNormRunning {
+    Array mean, var;  // [C], each may be null
+    long* num_batches_tracked;
+    double momentum;
+    bool cumulative;  // momentum=None: 1 / num_batches_tracked
+};
+
 struct BatchNormForward {
     void* y;      // x's shape; null for the local statistics of synchronised batch norm
     void* mean;   // [C], wide; null in mean-only
     void* rstd;   // [C], wide; the sum of squared deviations where y is null
     void* count;  // [], wide; values per channel, where y is null
-    Array running_mean, running_var;  // [C]
-    long* num_batches_tracked;
+    BatchNormRunning running;
     const void *x, *residual;
     Array weight, bias;  // [C]
     void* partials;      // [groups, members, channels] moments
     unsigned* counters;  // zero before and after
-    double momentum, eps;
+    double eps;
     Activation activation;
     bool batch_stats;
-    bool cumulative;   // momentum=None: 1 / num_batches_tracked
     bool center_only;  // mean-only
     BatchNormPlan plan;
 };
 cudaError_t batch_norm_forward(const BatchNormForward& a, Dtype dtype, cudaStream_t stream);
+
+// The statistics of all processes as one.
+struct BatchNormMerge {
+    void *mean, *var;  // [C]; var is biased
+    void* count;       // []
+    BatchNormRunning running;
+    const void* gathered;  // [ranks, 2 * C + 1]: mean, sum of squared deviations, count
+    unsigned* counters;    // [2], zero before and after
+    long ranks, C;
+};
+cudaError_t batch_norm_merge(const BatchNormMerge& a, Dtype dtype, cudaStream_t stream);
 
 struct BatchNormBackward {
     void *dx, *dresidual;  // x's shape, or null

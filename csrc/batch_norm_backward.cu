@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, kLast && sizeof(T) == 2 ? 2 : 3)
         channels.get_means();
         sweep = {false, true, true};
     }
-    if (!one_pass) finish(p, a.counters, nullptr);
+    if (!one_pass) finish(a.counters, p.counters, nullptr);
 }
 
 // Calls f with the kernel's type of an activation: that of one of its own, or Any.

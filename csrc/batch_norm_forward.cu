@@ -132,19 +132,10 @@ __device__ __forceinline__ void settle(const BatchNormForward& a, const Work& wo
         const W count = W(p.shape.N * p.shape.S), pivot = values[kMean * p.channels + t];
         mean = pivot + m.mean;
         if (!a.center_only) rstd = W(1) / sqrt(m.m2 / count + W(a.eps));
-        if (work.member == 0) {
-            const W share = a.cumulative ? W(1) / W(*a.num_batches_tracked + 1) : W(a.momentum);
-            const auto move = [&](Array running, W value) {
-                if (running.data == nullptr) return;
-                const W old = load_any<W>(running, c);
-                store_any(running, c, old * (W(1) - share) + value * share);
-            };
-            move(a.running_mean, mean);
-            move(a.running_var, m.m2 / (count - W(1)));
-        }
+        if (work.member == 0) move_running(a.running, c, mean, m.m2 / (count - W(1)));
     } else {
-        mean = load_any<W>(a.running_mean, c);
-        if (!a.center_only) rstd = W(1) / sqrt(load_any<W>(a.running_var, c) + W(a.eps));
+        mean = load_any<W>(a.running.mean, c);
+        if (!a.center_only) rstd = W(1) / sqrt(load_any<W>(a.running.var, c) + W(a.eps));
     }
     if (work.member == 0 && a.mean != nullptr) {
         static_cast<W*>(a.mean)[c] = mean;
@@ -221,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kLast || sizeof(T) == 8 ? 2 : 3)
         } else if (work.reduces) {
             arrive(arrivals);
         }
-        if (!work.applies) return finish(p, a.counters, a.num_batches_tracked);
+        if (!work.applies) return finish(a.counters, p.counters, a.running.num_batches_tracked);
         if (a.y != nullptr) wait(arrivals, p.members);
         found = combine_members<W>(partials, p, shared.table);
     }
@@ -248,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, kLast || sizeof(T) == 8 ? 2 : 3)
             store_slot(static_cast<T*>(a.y) + s.y, s, y, p.form == BatchNormForm::ticket);
         }
     }
-    finish(p, a.counters, a.num_batches_tracked);
+    finish(a.counters, p.counters, a.running.num_batches_tracked);
 }
 
 template <class F>

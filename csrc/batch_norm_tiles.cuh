@@ -1,144 +1,16 @@
-// What batch norm's kernels share: which elements a thread works on, tiles in shared memory, sums
-// over a group's threads and blocks, the order of work.
+// What batch norm's kernels share: the order of work, tiles in shared memory, sums over a group's
+// threads and blocks.
 #pragma once
-#include "activation.cuh"
-#include "batch_norm.h"
+#include "batch_norm_slots.cuh"
 
 namespace fastnorm {
 namespace batch_norm {
-
-constexpr int kThreads = 256;
 
 // Slots of a batch per thread and operand; buffers for the batches that do not stay.
 constexpr int kForwardSlots = 4, kBackwardSlots = 2, kStages = 2;
 
 // Values per channel in shared memory.
 constexpr int kForwardValues = 3, kBackwardValues = 6;
-
-// Channels of one slot.
-template <class T, bool kLast>
-constexpr int kChannels = kLast ? Vector<T>::size : 1;
-
-// ---- which elements -----------------------------------------------------------------------------
-
-__device__ __forceinline__ unsigned quotient(unsigned i, const Divisor& d) {
-    return (__umulhi(i, d.magic) + i) >> d.shift;
-}
-
-// Of a power of two: how far to shift instead of dividing.
-__device__ __forceinline__ int bits(int n) {
-    return __ffs(n) - 1;
-}
-
-// A vector of elements that are adjacent in x and in y; the run that it belongs to may begin after
-// its first element or end before its last.
-struct Slot {
-    long x, y;      // offsets of its first element
-    long low, run;  // of its first element from the run's beginning; length of the run
-
-    template <class T>
-    __device__ __forceinline__ bool whole() const {
-        return low >= 0 && low + Vector<T>::size <= run;
-    }
-    __device__ __forceinline__ bool has(int j) const { return low + j >= 0 && low + j < run; }
-};
-
-// Which elements of a slot belong to this thread's channels.
-struct Part {
-    int begin, end;
-};
-
-template <class T, bool kLast>
-struct Lane {
-    static constexpr int kVector = Vector<T>::size;
-    int column, index;  // of slots in the group; among the threads of the column
-    long channel;       // the first of the slots'
-    int place;          // in a row of slots in shared memory
-
-    __device__ __forceinline__ Lane(const BatchNormPlan& p, unsigned group) {
-        const int t = threadIdx.x;
-        column = t >> bits(p.lanes) & (p.columns - 1);
-        index = (t & (p.lanes - 1)) + (t >> bits(p.lanes * p.columns)) * p.lanes;
-        channel = long(group) * p.channels + column * kChannels<T, kLast>;
-        place = t + (t >> p.pad);
-    }
-
-    // Of this thread's slot in a row of one slot for every thread.
-    __device__ __forceinline__ unsigned position(const BatchNormPlan& p, unsigned row) const {
-        return row * p.threads + index;
-    }
-
-    __device__ __forceinline__ Slot slot(const BatchNormPlan& p, unsigned i) const {
-        const BatchNormShape& s = p.shape;
-        if (i >= p.positions || channel >= s.C) return {0, 0, 0, 0};
-        const unsigned n = quotient(i, p.row), rest = i - n * p.row.divisor;
-        if constexpr (kLast) {
-            return {n * s.x_stride_n + rest * s.x_stride_s + channel, i * s.C + channel, channel,
-                    s.C};
-        } else {
-            const long y = (n * s.C + channel) * s.S;
-            const long low = long(rest) * kVector - (p.skewed ? y & (kVector - 1) : 0);
-            return {n * s.x_stride_n + channel * s.x_stride_c + low, y + low, low, s.S};
-        }
-    }
-
-    // The same without the offsets; past the last channel, values that nobody uses count too.
-    __device__ __forceinline__ Part part(const BatchNormPlan& p, unsigned i) const {
-        if (i >= p.positions || channel >= p.shape.C) return {0, 0};
-        if (kLast || !p.ragged) return {0, kVector};
-        const Slot s = slot(p, i);
-        const int end = s.run - s.low < kVector ? int(s.run - s.low) : kVector;
-        return {s.low < 0 ? int(-s.low) : 0, end > 0 ? end : 0};
-    }
-};
-
-// 16 bytes that lie across two aligned ones, both of which may be read.
-template <class T>
-__device__ __forceinline__ Vector<T> load_across(const T* p) {
-    const T* from = p - misalignment(p);
-    const uint4 a = *reinterpret_cast<const uint4*>(from);
-    const uint4 b = *reinterpret_cast<const uint4*>(from + Vector<T>::size);
-    unsigned w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-    const unsigned bytes = misalignment(p) * sizeof(T);
-#pragma unroll
-    for (int i = 0; i < 6; ++i) w[i] = bytes & 8 ? w[i + 2] : w[i];
-#pragma unroll
-    for (int i = 0; i < 5; ++i) w[i] = bytes & 4 ? w[i + 1] : w[i];
-    if (sizeof(T) == 2 && (bytes & 2)) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
-    }
-    Vector<T> v;
-    memcpy(&v, w, 16);
-    return v;
-}
-
-// The elements of a slot that exist, zero for the others.
-template <class T>
-__device__ __forceinline__ Vector<T> load_part(const T* p, const Slot& s) {
-    const long before = s.low - misalignment(p);
-    if (before >= 0 && before + 2 * Vector<T>::size <= s.run) return load_across(p);
-    Vector<T> v = {};
-#pragma unroll
-    for (int j = 0; j < Vector<T>::size; ++j)
-        if (s.has(j)) v.v[j] = p[j];
-    return v;
-}
-
-template <class T>
-__device__ __forceinline__ void store_slot(T* p, const Slot& s, const Vector<T>& v, bool once) {
-    if (s.whole<T>() && misalignment(p) == 0) {
-        if (once) {
-            store_vector_once(p, v);
-        } else {
-            store_vector(p, v);
-        }
-        return;
-    }
-#pragma unroll
-    for (int j = 0; j < Vector<T>::size; ++j)
-        if (s.has(j)) p[j] = v.v[j];
-}
 
 // ---- the order of work --------------------------------------------------------------------------
 
@@ -169,11 +41,23 @@ __device__ __forceinline__ Work take_work(const BatchNormPlan& p, unsigned* coun
 }
 
 // The last block to finish leaves every counter zero and counts the batch.
-__device__ __forceinline__ void finish(const BatchNormPlan& p, unsigned* counters,
-                                       long* num_batches_tracked) {
+__device__ __forceinline__ void finish(unsigned* counters, long count, long* num_batches_tracked) {
     if (counters == nullptr || !arrive_last(counters + kFinished, gridDim.x)) return;
-    for (long i = threadIdx.x; i < p.counters; i += kThreads) counters[i] = 0;
+    for (long i = threadIdx.x; i < count; i += kThreads) counters[i] = 0;
     if (threadIdx.x == 0 && num_batches_tracked != nullptr) ++*num_batches_tracked;
+}
+
+// Moves the running statistics of one channel towards mean and unbiased variance.
+template <class W>
+__device__ __forceinline__ void move_running(const BatchNormRunning& r, long c, W mean, W var) {
+    const W share = r.cumulative ? W(1) / W(*r.num_batches_tracked + 1) : W(r.momentum);
+    const auto move = [&](Array running, W value) {
+        if (running.data == nullptr) return;
+        const W old = load_any<W>(running, c);
+        store_any(running, c, old * (W(1) - share) + value * share);
+    };
+    move(r.mean, mean);
+    move(r.var, var);
 }
 
 // ---- shared memory ------------------------------------------------------------------------------

@@ -136,36 +136,45 @@ void bind_batch_norm(py::module_& m) {
               run("batch_norm_plan", [&] { return batch_norm_plan(shape, request, &plan); });
               return plan;
           });
+    py::class_<BatchNormRunning>(m, "BatchNormRunning")
+        .def(py::init([](Address mean, int mean_dtype, Address var, int var_dtype,
+                         Address num_batches_tracked, double momentum, bool cumulative) {
+            return BatchNormRunning{array(mean, mean_dtype), array(var, var_dtype),
+                                    at<long>(num_batches_tracked), momentum, cumulative};
+        }));
     m.def("batch_norm_forward",
-          [](Address y, Address mean, Address rstd, Address count, Address running_mean,
-             int running_mean_dtype, Address running_var, int running_var_dtype,
-             Address num_batches_tracked, Address x, Address residual, Address weight,
-             int weight_dtype, Address bias, int bias_dtype, Address partials, Address counters,
-             double momentum, double eps, int activation, bool batch_stats, bool cumulative,
-             bool center_only, const BatchNormPlan& plan, int dtype, Address stream) {
+          [](Address y, Address mean, Address rstd, Address count, const BatchNormRunning& running,
+             Address x, Address residual, Address weight, int weight_dtype, Address bias,
+             int bias_dtype, Address partials, Address counters, double eps, int activation,
+             bool batch_stats, bool center_only, const BatchNormPlan& plan, int dtype,
+             Address stream) {
               const BatchNormForward a = {at(y),
                                           at(mean),
                                           at(rstd),
                                           at(count),
-                                          array(running_mean, running_mean_dtype),
-                                          array(running_var, running_var_dtype),
-                                          at<long>(num_batches_tracked),
+                                          running,
                                           at(x),
                                           at(residual),
                                           array(weight, weight_dtype),
                                           array(bias, bias_dtype),
                                           at(partials),
                                           at<unsigned>(counters),
-                                          momentum,
                                           eps,
                                           Activation(activation),
                                           batch_stats,
-                                          cumulative,
                                           center_only,
                                           plan};
               run("batch_norm_forward",
                   [&] { return batch_norm_forward(a, Dtype(dtype), at<CUstream_st>(stream)); });
           });
+    m.def("batch_norm_merge", [](Address mean, Address var, Address count,
+                                 const BatchNormRunning& running, Address gathered,
+                                 Address counters, long ranks, long C, int dtype, Address stream) {
+        const BatchNormMerge a = {
+            at(mean), at(var), at(count), running, at(gathered), at<unsigned>(counters), ranks, C};
+        run("batch_norm_merge",
+            [&] { return batch_norm_merge(a, Dtype(dtype), at<CUstream_st>(stream)); });
+    });
     m.def("batch_norm_backward",
           [](Address dx, Address dresidual, Address dweight, int dweight_dtype, Address dbias,
              int dbias_dtype, Address x, Address dy, Address residual, Address weight,

@@ -234,99 +234,112 @@ def mean_only_cases() -> Iterator[Case]:
 # layer norm
 
 
-def layer_norm_cases() -> Iterator[Case]:
-    def pair(activation: str | None = None) -> dict[str, Any]:
-        def ours(x, weight, bias, residual):  # type: ignore[no-untyped-def]
-            shape = x.shape[-1:] if weight is None else weight.shape
-            return functional.layer_norm(
-                x, shape, weight, bias, activation=activation, residual=residual
+def layer_norm_pair(activation: str | None = None) -> dict[str, Any]:
+    def ours(x, weight, bias, residual):  # type: ignore[no-untyped-def]
+        shape = x.shape[-1:] if weight is None else weight.shape
+        return functional.layer_norm(
+            x, shape, weight, bias, activation=activation, residual=residual
+        )
+
+    def torchs(x, weight, bias, residual):  # type: ignore[no-untyped-def]
+        shape = x.shape[-1:] if weight is None else weight.shape
+        y = F.layer_norm(x if residual is None else x + residual, shape, weight, bias)
+        return y if activation is None else reference.ACTIVATIONS[activation].value(y)
+
+    return {"ours": ours, "torchs": torchs}
+
+
+def layer_norm_tensors(
+    x: Callable[[], Tensor], dims: int = 1, affine: bool = True, residual: bool = False
+) -> Callable[[torch.dtype], Tensors]:
+    def make(dtype: torch.dtype) -> Tensors:
+        value = x().to(dtype)
+        tensors: Tensors = {
+            "x": value.requires_grad_(),
+            "weight": None,
+            "bias": None,
+            "residual": None,
+        }
+        if affine:
+            shape = value.shape[-dims:]
+            parameters = scale_shift(shape.numel(), dtype)
+            tensors.update(
+                {
+                    k: p.detach().view(shape).requires_grad_()
+                    for k, p in parameters.items()
+                    if p is not None
+                }
             )
+        if residual:
+            tensors["residual"] = torch.randn_like(value).requires_grad_()
+        return tensors
 
-        def torchs(x, weight, bias, residual):  # type: ignore[no-untyped-def]
-            shape = x.shape[-1:] if weight is None else weight.shape
-            y = F.layer_norm(x if residual is None else x + residual, shape, weight, bias)
-            return y if activation is None else reference.ACTIVATIONS[activation].value(y)
+    return make
 
-        return {"ours": ours, "torchs": torchs}
 
-    def make_from(
-        x: Callable[[], Tensor], dims: int = 1, affine: bool = True, residual: bool = False
-    ) -> Callable[[torch.dtype], Tensors]:
-        def make(dtype: torch.dtype) -> Tensors:
-            value = x().to(dtype)
-            tensors: Tensors = {
-                "x": value.requires_grad_(),
-                "weight": None,
-                "bias": None,
-                "residual": None,
-            }
-            if affine:
-                shape = value.shape[-dims:]
-                parameters = scale_shift(shape.numel(), dtype)
-                tensors.update(
-                    {
-                        k: p.detach().view(shape).requires_grad_()
-                        for k, p in parameters.items()
-                        if p is not None
-                    }
-                )
-            if residual:
-                tensors["residual"] = torch.randn_like(value).requires_grad_()
-            return tensors
-
-        return make
-
+def layer_norm_cases() -> Iterator[Case]:
     for N in (1, 31, 32, 33, 49, 128):
         dtypes = EVERY if N in (33, 128) else (torch.float32,)
         yield Case(
             "layer_norm",
             f"N={N}",
-            **pair(),
-            make=make_from(lambda N=N: torch.randn(7, N)),
+            **layer_norm_pair(),
+            make=layer_norm_tensors(lambda N=N: torch.randn(7, N)),
             dtypes=dtypes,
         )
     yield Case(
         "layer_norm",
         "N=769-mean-1000",
-        **pair(),
-        make=make_from(lambda: torch.randn(5, 769) + 1000),
+        **layer_norm_pair(),
+        make=layer_norm_tensors(lambda: torch.randn(5, 769) + 1000),
     )
-    yield Case("layer_norm", "long", **pair(), make=make_from(lambda: torch.randn(3, 20_000)))
     yield Case(
-        "layer_norm", "two-dims", **pair(), make=make_from(lambda: torch.randn(3, 4, 6, 10), dims=2)
+        "layer_norm",
+        "long",
+        **layer_norm_pair(),
+        make=layer_norm_tensors(lambda: torch.randn(3, 20_000)),
+    )
+    yield Case(
+        "layer_norm",
+        "two-dims",
+        **layer_norm_pair(),
+        make=layer_norm_tensors(lambda: torch.randn(3, 4, 6, 10), dims=2),
     )
     yield Case(
         "layer_norm",
         "no-affine",
-        **pair(),
-        make=make_from(lambda: torch.randn(4, 64), affine=False),
+        **layer_norm_pair(),
+        make=layer_norm_tensors(lambda: torch.randn(4, 64), affine=False),
     )
     yield Case(
         "layer_norm",
         "nhwc-view",
-        **pair(),
-        make=make_from(lambda: torch.randn(2, 24, 3, 4).permute(0, 2, 3, 1)),
+        **layer_norm_pair(),
+        make=layer_norm_tensors(lambda: torch.randn(2, 24, 3, 4).permute(0, 2, 3, 1)),
     )
     yield Case(
-        "layer_norm", "sliced", **pair(), make=make_from(lambda: torch.randn(9, 80)[:, 7:71])
+        "layer_norm",
+        "sliced",
+        **layer_norm_pair(),
+        make=layer_norm_tensors(lambda: torch.randn(9, 80)[:, 7:71]),
     )
     yield Case(
         "layer_norm",
         "expanded-dy",
-        **pair("silu"),
-        make=make_from(lambda: torch.randn(9, 40)),
+        **layer_norm_pair("silu"),
+        make=layer_norm_tensors(lambda: torch.randn(9, 40)),
         dy=expanded,
     )
     yield Case(
         "layer_norm",
         "transposed-dy",
-        **pair(),
-        make=make_from(lambda: torch.randn(9, 40)),
+        **layer_norm_pair(),
+        make=layer_norm_tensors(lambda: torch.randn(9, 40)),
         dy=transposed,
     )
     for activation in NAMES:
-        make = make_from(lambda: torch.randn(6, 72), residual=True)
-        yield Case("layer_norm", f"residual-{activation}", **pair(activation), make=make)
+        make = layer_norm_tensors(lambda: torch.randn(6, 72), residual=True)
+        yield Case("layer_norm", f"residual-{activation}", **layer_norm_pair(activation), make=make)
 
 
 # weight norm, activations
@@ -369,36 +382,31 @@ def activation_cases() -> Iterator[Case]:
         yield Case("activation", name, ours, torchs, make, EVERY)
 
 
-def swish_cases() -> Iterator[Case]:
+def swish_case(
+    name: str, x: Callable[[], Tensor], betas: int | None, dtypes: Any = (torch.float32,)
+) -> Case:
+    """One beta, or where `betas` is None one per channel."""
+
+    def make(dtype: torch.dtype) -> Tensors:
+        value = x().to(dtype)
+        beta = (torch.rand(betas or value.size(1)) + 0.5).to(dtype)
+        return {"x": value.requires_grad_(), "beta": beta.requires_grad_()}
+
     def torchs(x: Tensor, beta: Tensor) -> Tensor:
         return x * torch.sigmoid(
             (beta if beta.numel() == 1 else beta.view(-1, *[1] * (x.dim() - 2))) * x
         )
 
-    inputs = {
-        "scalar": (lambda: torch.randn(1000), 1),
-        "scalar-odd": (lambda: torch.randn(7, 33), 1),
-    }
-    inputs |= {
-        name: (BATCH_NORM_INPUTS[name], None) for name in ("nchw", "nchw-7x7", "nhwc", "nc", "nlc")
-    }
-    for name, (x, betas) in inputs.items():
+    ours = lambda x, beta: functional.swish(x, beta)  # noqa: E731
+    return Case("swish", name, ours, torchs, make, dtypes, one_sided)
 
-        def make(dtype: torch.dtype, x=x, betas=betas) -> Tensors:  # type: ignore[no-untyped-def]
-            value = x().to(dtype)
-            beta = (torch.rand(betas or value.size(1)) + 0.5).to(dtype)
-            return {"x": value.requires_grad_(), "beta": beta.requires_grad_()}
 
-        dtypes = EVERY if name in ("scalar", "nchw") else (torch.float32,)
-        yield Case(
-            "swish",
-            name,
-            lambda x, beta: functional.swish(x, beta),
-            torchs,
-            make,
-            dtypes,
-            one_sided,
-        )
+def swish_cases() -> Iterator[Case]:
+    yield swish_case("scalar", lambda: torch.randn(1000), 1, EVERY)
+    yield swish_case("scalar-odd", lambda: torch.randn(7, 33), 1)
+    for name in ("nchw", "nchw-7x7", "nhwc", "nc", "nlc"):
+        dtypes = EVERY if name == "nchw" else (torch.float32,)
+        yield swish_case(name, BATCH_NORM_INPUTS[name], None, dtypes)
 
 
 CASES = [

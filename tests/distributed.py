@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tests.conftest  # noqa: F401  (interpreted kernels: decided before triton is imported)
 
 Case = Callable[[int, int], None]
-TIMEOUT = 120  # seconds, of a collective and of all cases of a module on one number of ranks
+TIMEOUT = 300  # seconds, of a collective and of all cases of a module on one number of ranks
 RANKS = (2, 3, 4)
 
 

@@ -6,7 +6,7 @@ batch, computes it alone, and compares its part of it with what ours gives for t
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from typing import Any
 
 import torch
@@ -27,14 +27,21 @@ every = case(*RANKS)
 two = case(2)
 
 
-def _serves_here(backend: str) -> bool:
-    """Whether a backend takes CPU tensors: gloo's ranks have no others."""
-    refused = dispatch._refusal(backend, torch.empty(0)) is not None
-    return not refused and bool(importlib.util.find_spec(f"fastnorm.ops.batch_norm.{backend}"))
+def has_ops(backend: str) -> bool:
+    """Whether a backend has the ops of synchronised batch norm."""
+    module = importlib.import_module(f"fastnorm.ops.batch_norm.{backend}")
+    return hasattr(module, "batch_norm_merge")
 
 
-# "auto" is the reference on a CPU
-BACKENDS = ("auto", *(name for name in AVAILABLE if name != "reference" and _serves_here(name)))
+# "auto" is the reference on a CPU; gloo's ranks have CPU tensors only
+BACKENDS = (
+    "auto",
+    *(
+        name
+        for name in AVAILABLE
+        if name != "reference" and dispatch._refusal(name, torch.empty(0)) is None and has_ops(name)
+    ),
+)
 
 
 def parts(ranks: int, kind: str) -> list[int]:

@@ -108,12 +108,12 @@ def half_types_are_as_good_as_torchs(rank: int, ranks: int) -> None:
 @every
 def large_means_keep_their_digits(rank: int, ranks: int) -> None:
     """Ranks whose means lie far apart, and far from zero, in fp32."""
-    sizes = parts(ranks, "last empty")
-    for backend in BACKENDS:
+    for backend, how in itertools.product(BACKENDS, ("first empty", "last empty")):
+        sizes = parts(ranks, how)
         theirs, ours = pair(SHAPE, torch.float32)
         exact = copy.deepcopy(theirs).double()
         x = torch.randn(sum(sizes), *SHAPE) + 1e4
-        x[: sizes[0]] += 100
+        x[: sizes[0] or sizes[1] - 1] += 100
         dy = torch.randn_like(x)
         results = []
         for layer, kind in ((exact, torch.float64), (theirs, torch.float32)):

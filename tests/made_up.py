@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 
 from benchmarks import suites
+from benchmarks.report.lines import Run, runs
 from benchmarks.schema import Environment, Results, Row
 
 GPU = Environment(
@@ -48,12 +49,16 @@ SPEED = {
     "quack-kernels": 0.86,
     "flag_gems": 0.6,
     "inplace-abn": 0.55,
+    "apex": 0.58,
+    "attorch": 0.63,
 }
 PEERS = {
     "liger-kernel": ("layer_norm", "activation"),
     "quack-kernels": ("layer_norm",),
     "flag_gems": ("batch_norm", "layer_norm", "weight_norm", "activation"),
     "inplace-abn": ("batch_norm",),
+    "apex": ("layer_norm",),
+    "attorch": ("batch_norm", "layer_norm", "activation"),
 }
 
 
@@ -172,3 +177,9 @@ def _small_rows() -> list[Row]:
 def small_results(environment: Environment = GPU) -> Results:
     """Five lines whose tables can be counted by hand."""
     return Results(environment, _small_rows())
+
+
+def run_of(results: Results) -> Run:
+    """The one run of these results."""
+    (run,) = runs([results])
+    return run

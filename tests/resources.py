@@ -29,8 +29,8 @@ WIDE_ACCESS = re.compile(r"\b(?:LD|ST)G\.E(?:\.\w+)*\.128\b")
 
 # kernel -> why it may take more registers; none does
 MANY_REGISTERS: dict[str, str] = {}
-# kernel -> why nothing in it is worth 16 bytes; none is
-NARROW: dict[str, str] = {}
+# kernel -> why nothing in it is worth 16 bytes
+NARROW: dict[str, str] = {"batch_norm_merge_kernel": "a few numbers per rank and channel"}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
-from benchmarks import correctness, ops, suites
+from benchmarks import correctness, models, ops, suites
 from benchmarks.floors import floor_bytes
 from benchmarks.jobs import OpJob, plan
 from benchmarks.measure import Bench, Stage
@@ -16,6 +17,9 @@ from benchmarks.ops import OPS
 from benchmarks.peers import Peer
 from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
+from benchmarks.small import every_kind
+from benchmarks.small import main as check_small
+from fastnorm.demo import own_resnet
 
 # op, variant, shape, layout, dtype, forward, backward: counted by hand, tensor by tensor
 HAND_COUNTS = [
@@ -60,35 +64,8 @@ def test_every_op_has_a_hand_count() -> None:
     assert {row[0] for row in HAND_COUNTS} == set(OPS)
 
 
-def small(problem: Problem) -> Problem:
-    """The same problem with few elements: batch and sides cut down, channels left alone."""
-    if problem.op == "weight_norm":
-        if problem.variant == "hifigan":
-            return problem
-        return replace(problem, shape=tuple(min(n, 12) for n in problem.shape))
-    shape = list(problem.shape)
-    if problem.op == "layer_norm":
-        dims = 3 if problem.variant == "last3" else 1
-        shape[:-dims] = [min(n, 3) for n in shape[:-dims]]
-        shape[-dims:] = [min(n, 40) for n in shape[-dims:]]
-    else:
-        shape = [min(n, 6) for n in shape]
-    return replace(problem, shape=tuple(shape))
-
-
-def every_kind() -> list[Problem]:
-    """One small problem of each op, variant, layout and dtype that a suite on a GPU has."""
-    names = [name for name in suites.NAMES if name != suites.MODELS]
-    found: dict[tuple[str, ...], Problem] = {}
-    for problem in suites.problems(names, "cuda"):
-        key = (problem.op, problem.variant, problem.layout, problem.dtype)
-        found.setdefault(key, small(problem))
-    return [p for p in found.values() if p.variant != "hifigan"]
-
-
 @pytest.mark.parametrize("problem", every_kind(), ids=str)
 def test_ours_computes_what_torch_does(problem: Problem) -> None:
-    problem = replace(problem, modes=("forward", "backward"))
     stage = Stage(problem, "cpu")
     tensors = stage.fresh()
     call = PROVIDERS["fastnorm"].bind(problem, tensors)
@@ -129,7 +106,7 @@ def test_running_statistics_are_checked() -> None:
 
 def test_oracle_in_parts_is_the_oracle_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for problem in every_kind():
-        stage = Stage(replace(problem, modes=("forward", "backward")), "cpu")
+        stage = Stage(problem, "cpu")
         whole = stage.torch_errors
         monkeypatch.setattr(correctness, "PART", problem.numel // 2)
         tensors = stage.fresh()
@@ -165,8 +142,7 @@ def test_rows_of_a_problem() -> None:
 def test_suites_plan_important_jobs_first(suite: str, device: str) -> None:
     models = MODELS.values() if suite == suites.MODELS else []
     jobs = plan(suites.problems([suite], device), models, PROVIDERS, device)
-    if suite != "kernelbench" or device == "cuda":
-        assert jobs
+    assert jobs
     assert [job.rank for job in jobs] == sorted(job.rank for job in jobs)
     for job in jobs:
         if isinstance(job, OpJob):
@@ -196,3 +172,45 @@ def test_hifigan_is_the_generator_of_the_models() -> None:
         if name.endswith("original1")
     ]
     assert sorted(shapes) == sorted(ops.HIFIGAN)
+
+
+def test_check_of_small_problems(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_small(["--backend", "reference", "--device", "cpu", "--op", "weight_norm"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "weight_norm dim0 12x12 flat float32: right" in said
+    assert said[-1] == "0 wrong on reference, cpu"
+
+
+@pytest.mark.parametrize("provider", ["fastnorm-replaced", "fastnorm"])
+def test_step_of_a_model(provider: str) -> None:
+    model = replace(
+        MODELS["resnet50"], sources=(("our own", own_resnet),), cpu_shape=(2, 3, 16, 16)
+    )
+    (row,) = models.rows(model, provider, "cpu")
+    assert row.ok, row.note
+    assert row.note.startswith("our own; replace_ changed ")
+    assert row.mode == "step"
+    assert row.samples_per_second == pytest.approx(2e3 / row.ms_median)
+
+
+def test_a_model_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def surgery(module: torch.nn.Module, provider: str) -> str:
+        for part in module.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.eps = 1e-4
+        return "changed"
+
+    monkeypatch.setattr(models, "_surgery", surgery)
+    model = replace(
+        MODELS["resnet50"], sources=(("our own", own_resnet),), cpu_shape=(2, 3, 16, 16)
+    )
+    (row,) = models.rows(model, "fastnorm", "cpu")
+    assert not row.ok
+    assert row.ms_median is None
+    assert row.note.startswith("wrong result: ")
+
+
+def test_a_model_of_which_no_source_is_installed() -> None:
+    model = replace(MODELS["bert_base"], sources=())
+    (row,) = models.rows(model, "torch", "cpu")
+    assert not row.ok

@@ -136,6 +136,18 @@ def test_jobs_of_the_filters() -> None:
     assert {job.provider_name for job in jobs} == {"torch", "fastnorm"}
 
 
+@pytest.mark.parametrize("dirty", [True, False])
+def test_keep(dirty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTNORM_COMMIT", "0123456789abcdef" + "-dirty" * dirty)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(Worker, "script", [None] * 2, raising=False)
+    monkeypatch.setattr(runner, "Worker", Worker)
+    arguments = ["--op", "weight_norm", "--device", "cpu", "--providers", "torch"]
+    status = main(["run", "--suite", "quick", *arguments, "--keep"])
+    found = list(tmp_path.glob("cpu-*/2*-0123456789.json"))
+    assert (status, len(found)) == ((2, 0) if dirty else (0, 1))
+
+
 # a run that something goes wrong in
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+import fastnorm
 from benchmarks import schema
 from benchmarks.__main__ import main
 from benchmarks.candidates import KNOBS, OPTIONS, Knob, applied, candidates, knobs, label
 from benchmarks.ops import OPS
 from benchmarks.problems import Problem
 from fastnorm.ops.batch_norm import plan
+from fastnorm.ops.extension import extension
 from tests.conftest import HAS_TRITON
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="the kernels are Triton's")
@@ -78,6 +80,12 @@ def test_every_knob_of_the_triton_backend_is_there() -> None:
             if backend == "triton" and knob.module != OPTIONS:
                 assert knob.obstacle() is None, (op, knob)
                 assert knob.default() in knob.values, (op, knob)
+
+
+@pytest.mark.skipif(fastnorm.backends()["cuda"] is not None, reason="the extension tells its forms")
+def test_the_forms_of_batch_norm_are_those_of_the_extension() -> None:
+    names = extension().BATCH_NORM_FORMS
+    assert tuple(enumerate(names)) == KNOBS["batch_norm", "cuda"][0].words
 
 
 def test_swish_is_cut_as_batch_norm_is() -> None:
@@ -148,5 +156,21 @@ def test_what_it_refuses(
 
 
 def test_labels() -> None:
-    assert label(()) == "as it is"
-    assert label((("A", 1), ("B", 2))) == "A=1, B=2"
+    form = Knob("FORM", "somewhere", (1, 2), words=((2, "hold"),))
+    assert label([form, TILES], ()) == "as it is"
+    assert label([form, TILES], (("FORM", 2), ("TILE_BYTES", 1))) == "FORM=2 (hold), TILE_BYTES=1"
+    assert label([form], (("FORM", 1),)) == "FORM=1"
+
+
+def test_a_field_of_a_named_tuple(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Limits(NamedTuple):
+        forward: int = 2048
+        backward: int = 1024
+
+    monkeypatch.setattr(plan, "LIMITS", Limits(), raising=False)
+    knob = Knob("LIMITS.forward", plan.__name__, (512, 2048))
+    assert knob.obstacle() is None
+    assert candidates([knob], "forward") == [(), (("LIMITS.forward", 512),)]
+    with applied([knob], (("LIMITS.forward", 512),)):
+        assert Limits(512, 1024) == plan.LIMITS
+    assert Limits() == plan.LIMITS

@@ -122,11 +122,11 @@ MODELS = {
     resnet: (11, 5),
     resnet_bottleneck: (9, 5),
     efficientnet: (20, 6),
-    convnext: (1, 0),
-    vit: (5, 0),
-    bert: (5, 4),
-    gpt2: (5, 0),
-    wav2vec2: (9, 0),
+    convnext: (3, 0),
+    vit: (7, 0),
+    bert: (7, 4),
+    gpt2: (7, 0),
+    wav2vec2: (14, 0),
 }
 
 

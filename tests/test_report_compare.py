@@ -50,7 +50,14 @@ LAST = "0 faster, 0 slower, {} within the noise, 0 only in the old file, 0 only 
 def test_a_file_against_itself_is_the_same(compare: Compare) -> None:
     status, told, _ = compare(OLD, OLD)
     assert status == 0
-    assert told == LAST.format(len(OLD.rows)) + "0 regressions of fastnorm past 5%\n"
+    drift = "torch itself: +0.0%, the geometric mean of 5 rows; with the same torch this is what "
+    last = LAST.format(len(OLD.rows)) + "0 regressions of fastnorm past 5%\n"
+    assert told == drift + "the machine did\n" + last
+
+
+def test_a_slower_machine_shows_in_torch_itself(compare: Compare) -> None:
+    _, told, _ = compare(OLD, changed(1.5, "torch", only=0))
+    assert "torch itself: +8.4%, the geometric mean of 5 rows" in told  # 1.5 to the 1/5
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.report import bars, heat, pictures, points
-from benchmarks.report.lines import Line, Run, runs
+from benchmarks.report.lines import Line, Run
 from benchmarks.report.style import COLOURS, SCALE, SPARE, ink
 from benchmarks.schema import Results, Row
 from tests import made_up
@@ -206,7 +206,7 @@ def _check(figure: Any) -> None:
 
 @pytest.mark.parametrize("name", DATA)
 def test_every_label_is_inside_and_none_lies_on_another(name: str, drawn: list[Any]) -> None:
-    (run,) = runs([DATA[name]])
+    run = made_up.run_of(DATA[name])
     names = [one for one, _ in pictures.pictures(run)]
     assert len(names) == len(set(names)) == len(drawn) > 0
     for picture, figure in zip(names, drawn, strict=True):
@@ -218,7 +218,7 @@ def test_every_label_is_inside_and_none_lies_on_another(name: str, drawn: list[A
 
 
 def test_axes_name_their_units(drawn: list[Any]) -> None:
-    (run,) = runs([made_up.gpu_results()])
+    run = made_up.run_of(made_up.gpu_results())
     found: dict[str, set[str]] = {}
     chosen = [x for x in run.lines if x.op in ("mean_only_batch_norm", "model", "layer_norm")]
     for name, _ in pictures.pictures(Run(run.environment, chosen)):
@@ -241,7 +241,7 @@ def test_axes_name_their_units(drawn: list[Any]) -> None:
 def test_a_floor_picture_has_every_point_in_it(drawn: list[Any]) -> None:
     results = made_up.small_results()
     results.rows[2].floor_fraction = 1.4  # a tensor that a cache held
-    (run,) = runs([results])
+    run = made_up.run_of(results)
     points.floor_picture(run, run.of("forward"), "batch_norm")
     (panel,) = drawn[0].axes
     low, high = panel.get_xlim()
@@ -253,7 +253,7 @@ def test_a_floor_picture_has_every_point_in_it(drawn: list[Any]) -> None:
 
 
 def test_heat_map_has_the_ratios_and_brackets_noise(drawn: list[Any]) -> None:
-    (run,) = runs([made_up.small_results()])
+    run = made_up.run_of(made_up.small_results())
     heat.heat_picture(run, run.of("forward"), "batch_norm")
     torch, best = ([text.get_text() for text in ax.texts] for ax in drawn[0].axes[:2])
     assert torch == ["4.00", "(0.95)", "0.50", "failed"]
@@ -263,7 +263,7 @@ def test_heat_map_has_the_ratios_and_brackets_noise(drawn: list[Any]) -> None:
 
 
 def test_a_png_is_1200_pixels_wide_and_small() -> None:
-    (run,) = runs([made_up.cpu_results()])
+    run = made_up.run_of(made_up.cpu_results())
     found = dict(pictures.pictures(run))
     assert {"overview.png", "host-batch_norm.png", "floor-batch_norm-nchw-float32.png"} <= set(
         found

@@ -235,13 +235,15 @@ def test_dtypes_promote_as_torchs_middle_dim(backend):
 def test_ops_pass_opcheck_and_keep_norms_in_fp32(backend):
     v, g, dw = inputs((4, 6), 0, torch.bfloat16)
     with dispatch.backend(backend):
-        w, norm = family._forward(v, g, 0, None)
+        w, norm = torch.ops.fastnorm.weight_norm_forward.default(v, g, 0, None)
         assert (w.dtype, norm.dtype, norm.shape) == (torch.bfloat16, torch.float32, (4, 1))
         torch.library.opcheck(
-            family._forward, (v, g, 0, None), test_utils=("test_schema", "test_faketensor")
+            torch.ops.fastnorm.weight_norm_forward.default,
+            (v, g, 0, None),
+            test_utils=("test_schema", "test_faketensor"),
         )
         torch.library.opcheck(
-            family._backward,
+            torch.ops.fastnorm.weight_norm_backward.default,
             (v, g, norm, dw, 0, None, [True, False]),
             test_utils=("test_schema", "test_faketensor"),
         )

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.report.lines import LOSS, WIN, against, is_ours, shape_text, time_text, timed
+from benchmarks.report.lines import (
+    LOSS,
+    WIN,
+    against,
+    geometric_mean,
+    is_ours,
+    shape_text,
+    time_text,
+    timed,
+)
 from benchmarks.schema import Results, ResultsError, Row
 
 Key = tuple[Any, ...]
@@ -24,6 +33,7 @@ class Difference:
     only_new: list[str] = field(default_factory=list)
     regressions: list[str] = field(default_factory=list)
     same: int = 0
+    torch: list[float] = field(default_factory=list)  # new time over old: what the machine did
 
 
 def _name(row: Row) -> str:
@@ -38,7 +48,10 @@ def _rows(results: Results) -> dict[Key, Row]:
 def _compare(found: Difference, old: Row, new: Row, threshold: float) -> None:
     name = _name(new)
     if timed(old) and timed(new):
-        change = (new.ms_median or 0) / (old.ms_median or 1) - 1
+        ratio = (new.ms_median or 0) / (old.ms_median or 1)
+        change = ratio - 1
+        if new.provider == "torch":
+            found.torch.append(ratio)
         times = f"{time_text(old.ms_median or 0)} -> {time_text(new.ms_median or 0)} ms"
         told = f"{change:+.1%}  {times}  {name}"
         verdict = against(new, old).verdict
@@ -111,6 +124,11 @@ def text(found: Difference, threshold: float, changed: list[str]) -> str:
     for heading, told in parts:
         if told:
             lines += [f"{heading} ({len(told)}):", *(f"  {one}" for one in told), ""]
+    if mean := geometric_mean(found.torch):
+        lines.append(
+            f"torch itself: {mean - 1:+.1%}, the geometric mean of {len(found.torch)} rows; "
+            "with the same torch this is what the machine did"
+        )
     lines.append(
         f"{len(found.faster)} faster, {len(found.slower)} slower, {found.same} within the noise, "
         f"{len(found.only_old)} only in the old file, {len(found.only_new)} only in the new one; "

@@ -88,6 +88,11 @@ class Line:
         return self.against(self._fastest(ours=False))
 
     @property
+    def family(self) -> str:
+        """The op; KernelBench's own formulas apart, whose torch is not torch's function."""
+        return f"{self.op} (KernelBench)" if self.variant.startswith("kernelbench") else self.op
+
+    @property
     def name(self) -> str:
         return " ".join(filter(None, (self.op, self.variant, self.mode)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -129,11 +130,19 @@ def _lost(row: Sequence[Cell]) -> bool:
     return any(cell.text.startswith("▼") for cell in row)
 
 
+def _summary_class(column: int, text: str) -> str:
+    """Words to the left; a speed has the colour of the scale."""
+    if column < 3:
+        return ' class="word"'
+    speed = re.match(r"([0-9.]+)x", text)
+    return f' class="s{step(float(speed[1]))}"' if speed else ""
+
+
 def _summary(run: Run) -> Iterable[str]:
     yield f'<div class="wide"><table>{_head(SUMMARY, [i < 3 for i in range(len(SUMMARY))])}<tbody>'
     for row in summary_rows(run.lines):
         cells = (
-            f'<td{" class=word" if i < 3 else ""} data-order="{escape(text.split("x")[0])}">'
+            f'<td{_summary_class(i, text)} data-order="{escape(text.split("x")[0])}">'
             f"{escape(text)}</td>"
             for i, text in enumerate(row)
         )

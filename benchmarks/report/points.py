@@ -131,7 +131,7 @@ def overview_picture(run: Run) -> bytes:
 
     groups = {
         key: lines
-        for key, lines in grouped(run.lines, "op", "layout", "mode").items()
+        for key, lines in grouped(run.lines, "family", "layout", "mode").items()
         if any(line.best for line in lines)
     }
     figure, panels = new_figure(1, 2, 2.2 + 0.36 * len(groups), sharey=True)

@@ -23,8 +23,10 @@ COLOURS = {
     "quack-kernels": ("#d55e00", "X"),
     "flag_gems": ("#c060a0", "*"),
     "inplace-abn": ("#772200", "h"),
+    "apex": ("#440055", "d"),
+    "attorch": ("#aaff88", "p"),
 }
-SPARE = (("#000000", ">"), ("#440055", "d"), ("#aaff88", "p"))
+SPARE = (("#001100", ">"), ("#eeccaa", "H"), ("#8866ee", "8"), ("#bb9955", "1"))
 # our time against theirs, in steps that are as wide and as strong on both sides of 1
 STEPS = (1 / 2, 1 / 1.5, 1 / 1.25, 1 / 1.1, 1 / 1.02, 1.02, 1.1, 1.25, 1.5, 2.0)
 SCALE = (  # from slower than half to faster than twice

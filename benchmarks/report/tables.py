@@ -146,7 +146,7 @@ def lost_to_failure(line: Line) -> bool:
 def summary_rows(lines: Iterable[Line]) -> list[list[str]]:
     """One row per op, layout and mode, with losses counted like wins."""
     found = []
-    for (op, layout, mode), group in grouped(lines, "op", "layout", "mode").items():
+    for (op, layout, mode), group in grouped(lines, "family", "layout", "mode").items():
         fractions = [
             row.floor_fraction
             for line in group

@@ -69,9 +69,12 @@ def _table(one: Table, colour: bool, width: int | None) -> list[str]:
     rows = [[row[i] for i in kept] for row in one.rows]
     lines = ["", f"{title}  ({one.unit})", *_aligned([one.header[i] for i in kept], rows, colour)]
     hidden = [name for i, name in enumerate(one.header) if i not in kept]
-    if hidden:
-        lines.append(f"  too wide for this terminal, in report.md: {', '.join(hidden)}")
-    return [*lines, *(f"  {note}" for note in one.notes)]
+    below = [f"too wide for this terminal, in report.md: {', '.join(hidden)}"] if hidden else []
+    for note in (*below, *one.notes):
+        lines += textwrap.wrap(
+            note, width or len(note) + 2, initial_indent="  ", subsequent_indent="    "
+        )
+    return lines
 
 
 def terminal(run: Run, colour: bool = False, width: int | None = None) -> str:

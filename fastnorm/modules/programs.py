@@ -41,8 +41,8 @@ class Scriptable:
         if torchs is nn.Module or activation or getattr(self, "approximate", None) == "sigmoid":
             raise RuntimeError(
                 f"TorchScript has no layer like {self!r}: call fastnorm.restore_(model) before "
-                "torch.jit.script to undo fuse_, or use torch.export or torch.jit.trace, which "
-                "take the model as it is"
+                "torch.jit.script, and before ONNX made of it, to undo fuse_; or use torch.export, "
+                "torch.jit.trace or torch.onnx.export, which take the model as it is"
             )
         twin: nn.Module = copy.copy(module)
         for name in ("_fastnorm_origin", "activation", "autocast"):

@@ -71,6 +71,16 @@ def workspace(x: Tensor, p: Any) -> Tensor | None:
     return torch.empty(p.partials, dtype=wide_dtype(x), device=x.device) if p.partials else None
 
 
+def _running(
+    mean: Tensor | None, var: Tensor | None, num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> Any:  # fmt: skip
+    cumulative = momentum is None and num_batches_tracked is not None
+    return extension().BatchNormRunning(
+        *array(mean), *array(var), address(num_batches_tracked), momentum or 0.0, cumulative
+    )
+
+
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
@@ -86,11 +96,10 @@ def _forward(
         counters = launch.counters(x, p.counters)
     extension().batch_norm_forward(
         y.data_ptr(), address(mean), address(rstd), 0,
-        *array(running_mean), *array(running_var), address(num_batches_tracked),
+        _running(running_mean, running_var, num_batches_tracked, momentum),
         x.data_ptr(), address(residual), *array(weight), *array(bias),
-        address(partials), address(counters), momentum or 0.0, eps, activation_code(activation),
-        batch_stats, momentum is None and num_batches_tracked is not None, center_only,
-        p, dtype_code(x.dtype), stream(x),
+        address(partials), address(counters), eps, activation_code(activation),
+        batch_stats, center_only, p, dtype_code(x.dtype), stream(x),
     )  # fmt: skip
     if batch_stats:
         _put_back(buffers, (running_mean, running_var))
@@ -201,8 +210,25 @@ def batch_norm_statistics(x: Tensor, statistics: Tensor) -> None:
     C, size = x.size(1), statistics.element_size()
     mean = statistics.data_ptr()
     extension().batch_norm_forward(
-        0, mean, mean + C * size, mean + 2 * C * size,
-        0, 0, 0, 0, 0, x.data_ptr(), 0, 0, 0, 0, 0,
-        address(partials), address(counters), 0.0, 0.0, activation_code("identity"),
-        True, False, False, p, dtype_code(x.dtype), stream(x),
+        0, mean, mean + C * size, mean + 2 * C * size, _running(None, None, None, None),
+        x.data_ptr(), 0, *array(None), *array(None),
+        address(partials), address(counters), 0.0, activation_code("identity"),
+        True, False, p, dtype_code(x.dtype), stream(x),
     )  # fmt: skip
+
+
+def batch_norm_merge(
+    gathered: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    num_batches_tracked: Tensor | None, momentum: float | None,
+    mean: Tensor, var: Tensor, count: Tensor,
+) -> None:  # fmt: skip
+    buffers = (running_mean, running_var)
+    running_mean, running_var = _compact(*buffers)
+    counters = None if num_batches_tracked is None else launch.counters(gathered, 2)
+    extension().batch_norm_merge(
+        mean.data_ptr(), var.data_ptr(), count.data_ptr(),
+        _running(running_mean, running_var, num_batches_tracked, momentum),
+        gathered.data_ptr(), address(counters), gathered.size(0), mean.numel(),
+        dtype_code(gathered.dtype), stream(gathered),
+    )  # fmt: skip
+    _put_back(buffers, (running_mean, running_var))

@@ -278,10 +278,12 @@ def _check(
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     check_parameters(x, running_mean=running_mean, running_var=running_var, **more)
-    if dispatch.transformed() and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if dispatch.transformed() and not compiling:
         raise RuntimeError(
-            "synchronised batch norm does not work under torch.func or forward-mode AD, whose "
-            "transforms cannot see through its collectives: use it in eval mode, or batch_norm"
+            "synchronised batch norm does not work under torch.func, forward-mode AD, "
+            "torch.jit.trace or torch.export, which do not carry its collectives: call eval() "
+            "first, or use batch_norm"
         )
 
 
@@ -336,7 +338,7 @@ def sync_batch_norm(
         TypeError: ``process_group`` is not one.
         RuntimeError: a parameter of another size or device; a residual that cannot be added; a
             group that cannot carry tensors of this device, or that was destroyed; use under
-            torch.func.
+            torch.func, forward-mode AD, torch.jit.trace or torch.export.
         NotImplementedError: ``input`` is not floating point.
 
     Source: Ioffe & Szegedy, Batch Normalization, 2015, https://arxiv.org/abs/1502.03167; the

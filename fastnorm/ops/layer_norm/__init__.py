@@ -3,6 +3,7 @@ kernel each way."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def _forward_outputs(
     dtype: torch.dtype,
     want_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    rows = x.shape[: x.dim() - dims].numel()
+    rows = math.prod(x.shape[: x.dim() - dims])
     mean = x.new_empty(rows, dtype=wide_dtype(x))
     total = _row_major(x, x.dtype) if want_sum else None
     return _row_major(x, dtype), mean, torch.empty_like(mean), total

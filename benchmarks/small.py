@@ -1,0 +1,79 @@
+"""Every kind of problem that a suite has, with few elements: what compute-sanitizer runs, and the
+tests.
+
+    python -m benchmarks.small --backend cuda     check every kind against fp64; exit status 1 on
+                                                  a wrong result
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+
+from benchmarks import suites
+from benchmarks.measure import Bench, first_line
+from benchmarks.ops import OPS
+from benchmarks.problems import TRAINING, Problem
+from benchmarks.providers import Ours
+from benchmarks.refused import Refused, device_of
+from fastnorm import dispatch
+
+
+def small(problem: Problem) -> Problem:
+    """The same problem with few elements, forward and backward; HiFi-GAN is what it is."""
+    shape = problem.shape
+    if problem.op == "layer_norm":
+        dims = 3 if problem.variant == "last3" else 1
+        shape = (*(min(n, 3) for n in shape[:-dims]), *(min(n, 40) for n in shape[-dims:]))
+    elif problem.variant != "hifigan":
+        most = 12 if problem.op == "weight_norm" else 100 if len(shape) == 1 else 6
+        shape = tuple(min(n, most) for n in shape)
+    return replace(problem, shape=shape, modes=TRAINING, importance=0)
+
+
+def every_kind() -> list[Problem]:
+    """One small problem of each op, variant, layout and dtype that a suite on a GPU has."""
+    names = [name for name in suites.NAMES if name != suites.MODELS]
+    found: dict[tuple[str, ...], Problem] = {}
+    for problem in suites.problems(names, "cuda"):
+        key = (problem.op, problem.variant, problem.layout, problem.dtype)
+        found.setdefault(key, small(problem))
+    return [problem for problem in found.values() if problem.variant != "hifigan"]
+
+
+def check(backend: str, device: str, ops: list[str]) -> int:
+    """Run every kind on a backend; how many were wrong or failed."""
+    bench, provider, failed = Bench(device), Ours(backend, backend=backend), 0
+    for problem in every_kind():
+        if problem.op not in ops:
+            continue
+        try:
+            stage = bench.stage(problem)
+            tensors = stage.fresh()
+            with provider.active():
+                complaint = stage.check(provider.bind(problem, tensors), tensors)[2]
+        except Exception as error:
+            complaint = first_line(error)
+        print(f"{problem}: {complaint or 'right'}", flush=True)
+        failed += bool(complaint)
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.small", description=check.__doc__)
+    parser.add_argument("--backend", default="auto", choices=dispatch.CHOICES)
+    parser.add_argument("--device", choices=("cuda", "cpu"))
+    parser.add_argument("--op", nargs="+", default=list(OPS), choices=tuple(OPS))
+    chosen = parser.parse_args(arguments)
+    try:
+        device = device_of(chosen.device)
+    except Refused as refusal:
+        parser.error(str(refusal))
+    failed = check(chosen.backend, device, chosen.op)
+    print(f"{failed} wrong on {chosen.backend}, {device}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""CUDA graphs: nothing waits for the GPU, and warm-up is paid for by saved statistics."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastnorm
+from tests.layers import (
+    TRACKING,
+    assert_same,
+    every_layer,
+    everywhere,
+    make_input,
+    make_layer,
+    needs_gpu,
+    step,
+    torch_warns,
+)
+
+pytestmark = torch_warns
+
+# what makes the host wait for a device, or a size depend on data
+WAITS = (
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "unique2",
+    "masked_select",
+)
+
+
+class NeverWait(TorchDispatchMode):
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert op._schema.name.split("::")[-1] not in WAITS, f"{op} waits for the device"
+        return op(*args, **(kwargs or {}))
+
+
+@everywhere
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@every_layer
+def test_forward_and_backward_never_wait(
+    name: str, training: bool, backend: str, device: str
+) -> None:
+    if backend == "auto" and name.endswith("cumulative") and training:
+        pytest.skip('under "auto" a CPU runs torch\'s batch norm, which reads the count of batches')
+    layer, x = make_layer(name, device).train(training), make_input(name, device=device)
+    with NeverWait():
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+
+
+def test_the_guard_sees_what_torchs_own_layer_does() -> None:
+    with NeverWait(), pytest.raises(AssertionError, match="waits"):
+        nn.BatchNorm2d(4, momentum=None)(torch.randn(2, 4, 3, 3))
+
+
+def graphed_from(layer: nn.Module, x: Tensor) -> Any:
+    """As docs/compatibility.md has it: warm-up and capture run the layer on `x`, so its buffers are
+    put back afterwards, in place."""
+    kept = {name: value.clone() for name, value in layer.named_buffers()}
+    graphed = torch.cuda.make_graphed_callables(layer, (x,))
+    for name, value in layer.named_buffers():
+        value.copy_(kept[name])
+    return graphed
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
+@every_layer
+def test_make_graphed_callables(name: str, backend: str) -> None:
+    missing = fastnorm.backends().get(backend)
+    if missing is not None:
+        pytest.skip(missing)
+    with fastnorm.backend(backend):
+        layer = make_layer(name, "cuda")
+        twin, xs = copy.deepcopy(layer), [make_input(name, device="cuda") for _ in range(3)]
+        graphed = graphed_from(layer, xs[0].detach().clone().requires_grad_())
+        for x in xs:
+            assert_same(step(graphed, layer, x), step(twin, twin, x))
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", TRACKING)
+def test_warm_up_moves_statistics_and_restoring_them_mends_it(name: str) -> None:
+    layer = make_layer(name, "cuda")
+    before = {key: value.clone() for key, value in layer.named_buffers()}
+    x = make_input(name, device="cuda")
+    torch.cuda.make_graphed_callables(layer, (x,))
+    assert layer.num_batches_tracked > 0
+    layer.reset_running_stats()  # type: ignore[operator]
+    graphed_from(layer, x)
+    for key, value in layer.named_buffers():
+        assert torch.equal(value, before[key])
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
+@every_layer
+def test_reduce_overhead(name: str, backend: str) -> None:
+    missing = fastnorm.backends().get(backend)
+    if missing is not None:
+        pytest.skip(missing)
+    with fastnorm.backend(backend):
+        layer = make_layer(name, "cuda")
+        twin = copy.deepcopy(layer)
+        compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+        for _ in range(4):  # run, record, replay, replay
+            torch.compiler.cudagraph_mark_step_begin()
+            x = make_input(name, device="cuda")
+            assert_same(step(compiled, layer, x), step(twin, twin, x))
