@@ -119,8 +119,8 @@ else
     step tests-triton "$(share 16)" "$python" -m pytest $tests -q $many -k "triton and not aot"
     # without torch's allocator between them: it would hide the end of a small tensor
     for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer/$tool "$(share 9)" compute-sanitizer --tool $tool --error-exitcode 9 \
-            --launch-timeout 60 "$python" -m benchmarks.small --backend cuda
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer/$tool "$(share 10)" compute-sanitizer --tool $tool \
+            --error-exitcode 9 --launch-timeout 60 --kernel-name kns=fastnorm "$python" -m benchmarks.small --backend cuda
     done
 fi
 

@@ -23,7 +23,7 @@ class Progress:
                 return
             self._bar = tqdm(
                 total=jobs, file=sys.stderr, dynamic_ncols=True,
-                bar_format="{n_fmt}/{total_fmt} |{bar:20}| {postfix} {desc}",
+                bar_format="{n_fmt}/{total_fmt} |{bar:20}| {desc}",
             )  # fmt: skip
 
     def left(self) -> float:
@@ -37,8 +37,7 @@ class Progress:
     def running(self, what: object) -> None:
         left = f"{self.left():.0f} s left"
         if self._bar is not None:
-            self._bar.set_postfix_str(left, refresh=False)
-            self._bar.set_description_str(str(what))
+            self._bar.set_description_str(f"{left}: {what}")
         elif time.monotonic() - self._told > 10:
             self._told = time.monotonic()
             print(f"{self._done}/{self._jobs}, {left}: {what}", file=sys.stderr, flush=True)

@@ -1,13 +1,17 @@
 // The module fastnorm._cuda: pointers, sizes, positions in DTYPES and ACTIVATIONS and the stream
 // come in as integers; a CUDA error goes out as a RuntimeError.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "activation.h"
 #include "batch_norm.h"
+#include "weight_norm.h"
 
 namespace py = pybind11;
 
@@ -204,6 +208,63 @@ void bind_batch_norm(py::module_& m) {
           });
 }
 
+using Addresses = std::vector<Address>;
+
+// The layers of a weight norm, and what their launches need; made once for a model.
+struct WeightNormPlan {
+    std::vector<fastnorm::WeightNormSizes> sizes;
+    int processors;
+    fastnorm::WeightNormWorkspace workspace;
+
+    // with an address for each layer in every list
+    template <class Launcher>
+    void launch(const char* name, Launcher launcher, const Addresses& out, const Addresses& v,
+                const Addresses& dw, const Addresses& g, const Addresses& norm, const Addresses& dg,
+                Address partials, Address counters, Address stream) const {
+        for (const Addresses* list : {&out, &v, &dw, &g, &norm, &dg})
+            if (list->size() != sizes.size()) throw std::invalid_argument("one address per layer");
+        std::vector<fastnorm::WeightNormLayer> layers(sizes.size());
+        for (std::size_t i = 0; i < sizes.size(); ++i)
+            layers[i] = {at(out[i]),  at(v[i]),  at(dw[i]), at(g[i]),
+                         at(norm[i]), at(dg[i]), sizes[i]};
+        const fastnorm::WeightNorm a = {layers.data(), int(layers.size()), at(partials),
+                                        at<unsigned>(counters), processors};
+        run(name, [&] { return launcher(a, at<CUstream_st>(stream)); });
+    }
+};
+
+void bind_weight_norm(py::module_& m) {
+    using namespace fastnorm;
+    using Sizes = std::tuple<long, long, long, double, int, int, int>;  // as in WeightNormSizes
+    py::class_<WeightNormPlan>(m, "WeightNormPlan")
+        .def(py::init([](const std::vector<Sizes>& layers, int processors) {
+            WeightNormPlan plan = {{}, processors, {}};
+            for (const auto& [A, K, B, eps, w, v, g] : layers)
+                plan.sizes.push_back({A, K, B, eps, Dtype(w), Dtype(v), Dtype(g)});
+            plan.workspace =
+                weight_norm_workspace(plan.sizes.data(), int(plan.sizes.size()), processors);
+            return plan;
+        }))
+        .def_property_readonly("partials",
+                               [](const WeightNormPlan& plan) { return plan.workspace.partials; })
+        .def_property_readonly("counters",
+                               [](const WeightNormPlan& plan) { return plan.workspace.counters; });
+    m.def("weight_norm_forward",
+          [](const WeightNormPlan& plan, const Addresses& w, const Addresses& v, const Addresses& g,
+             const Addresses& norm, Address partials, Address counters, Address stream) {
+              const Addresses none(w.size());
+              plan.launch("weight_norm_forward", weight_norm_forward, w, v, none, g, norm, none,
+                          partials, counters, stream);
+          });
+    m.def("weight_norm_backward",
+          [](const WeightNormPlan& plan, const Addresses& dv, const Addresses& dg,
+             const Addresses& v, const Addresses& g, const Addresses& norm, const Addresses& dw,
+             Address partials, Address counters, Address stream) {
+              plan.launch("weight_norm_backward", weight_norm_backward, dv, v, dw, g, norm, dg,
+                          partials, counters, stream);
+          });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -213,4 +274,5 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("unavailable", &unavailable, "Why no kernel can run here; None where they can.");
     bind_activation(m);
     bind_batch_norm(m);
+    bind_weight_norm(m);
 }

@@ -33,6 +33,7 @@ from fastnorm.modules import (
 )
 from fastnorm.modules.sync_batch_norm import convert_sync_batchnorm
 from fastnorm.modules.weight_norm import remove_weight_norm, weight_norm
+from fastnorm.modules.weight_norm_group import weight_norm_
 from fastnorm.replace import replace_, restore_
 
 __version__ = "0.1.0"
@@ -65,4 +66,5 @@ __all__ = [
     "restore_",
     "set_backend",
     "weight_norm",
+    "weight_norm_",
 ]

@@ -271,16 +271,18 @@ def transformed() -> bool:
     )
 
 
-def native(family: str, x: Tensor) -> bool:
+def native(family: str, x: Tensor, elements: int | None = None) -> bool:
     """Whether torch's own function serves this call, decided before any Function or op of ours is
-    entered."""
+    entered; ``elements``: of all tensors that one launch serves, where x is not the only one."""
     if _forced != "auto":
         return transformed()
     backend = _preferred(family) if x.is_cuda else None
     if backend is None or transformed():
         return True
     # under torch.compile a size would become a guard: one compiled graph serves every batch size
-    return not torch.compiler.is_compiling() and x.numel() < RULES[family].from_elements[backend]
+    if torch.compiler.is_compiling():
+        return False
+    return (x.numel() if elements is None else elements) < RULES[family].from_elements[backend]
 
 
 def select(family: str, x: Tensor) -> str:

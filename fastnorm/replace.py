@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 
 from fastnorm.modules import activation as activations
 from fastnorm.modules import batch_norm, layer_norm, sync_batch_norm, weight_norm
+from fastnorm.modules.weight_norm_group import group_of, ungroup
 from fastnorm.surgery import others
 from fastnorm.surgery.edits import (
     ORIGIN,
@@ -173,6 +174,9 @@ def _plan_restore(module: nn.Module, name: str, rows: list[Row], edits: Edits) -
     if isinstance(module.__dict__.get("forward"), FusedForward):
         rows.append(Row(name, "fused forward", f"{was}.forward"))
         edits.append((module, functools.partial(module.__dict__.pop, "forward")))
+    if group_of(module) is not None:
+        rows.append(Row(name, "weight norm group", was))
+        edits.append((module, functools.partial(ungroup, module)))
     if isinstance(origin, Origin):
         foreign = (
             ""
@@ -185,7 +189,8 @@ def _plan_restore(module: nn.Module, name: str, rows: list[Row], edits: Edits) -
 
 
 def restore_(model: nn.Module, dry_run: bool = False) -> Report:
-    """Undo every :func:`replace_` and :func:`fuse_` on a model: nothing of ours remains in it.
+    """Undo every :func:`replace_`, :func:`fuse_` and :func:`weight_norm_` on a model: nothing of
+    ours remains in it.
 
     Layers that were built from our classes stay. Call it before quantisation, torch.fx, ONNX or
     TorchScript.

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = """
     BatchNorm1d BatchNorm2d BatchNorm3d BatchNormAct1d BatchNormAct2d BatchNormAct3d
     MeanOnlyBatchNorm1d MeanOnlyBatchNorm2d MeanOnlyBatchNorm3d LayerNorm GELU SiLU Swish SELU
-    weight_norm remove_weight_norm data_dependent_init_ replace_ fuse_ restore_
+    weight_norm weight_norm_ remove_weight_norm data_dependent_init_ replace_ fuse_ restore_
     SyncBatchNorm convert_sync_batchnorm
     backend set_backend backends compile_policy functional
 """.split()

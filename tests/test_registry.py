@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.cases import CASES, Case
@@ -15,8 +16,14 @@ SEEN: set[str] = set()
 
 
 def look(outputs: Any) -> list[Any]:
-    values = outputs if isinstance(outputs, tuple) else (outputs,)
+    values = pytree.tree_leaves(outputs)
     return [None if t is None else (t.dtype, tuple(t.shape), t.stride()) for t in values]
+
+
+def on_meta(a: Any) -> Any:
+    if not isinstance(a, torch.Tensor):
+        return a
+    return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
 
 
 class HoldToFake(TorchDispatchMode):
@@ -25,15 +32,10 @@ class HoldToFake(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = op(*args, **(kwargs or {}))
         if op.namespace == "fastnorm":
-            inputs = [
-                torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
-                if isinstance(a, torch.Tensor)
-                else a
-                for a in args
-            ]
-            assert look(outputs) == look(op(*inputs)), op
-            given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-            for t in outputs if isinstance(outputs, tuple) else (outputs,):
+            assert look(outputs) == look(op(*pytree.tree_map(on_meta, args))), op
+            tensors = [a for a in pytree.tree_leaves(args) if isinstance(a, torch.Tensor)]
+            given = {a.untyped_storage().data_ptr() for a in tensors}
+            for t in pytree.tree_leaves(outputs):
                 assert t is None or t.untyped_storage().data_ptr() not in given, f"{op}: an alias"
             SEEN.add(op._schema.name.removeprefix("fastnorm::"))
         return outputs

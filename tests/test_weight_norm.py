@@ -21,6 +21,7 @@ from fastnorm.init import data_dependent_init_
 from fastnorm.modules.weight_norm import WeightNorm, remove_weight_norm, weight_norm
 from fastnorm.ops import weight_norm as family
 from fastnorm.ops.weight_norm import weight_norm as function
+from tests.conftest import AVAILABLE
 
 # torch's own: from torch.func and opcheck; from Dynamo, of every autograd Function
 pytestmark = [
@@ -69,7 +70,7 @@ def composite_rows(v, g, dim, eps):
     return g * v / norm
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", *AVAILABLE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape, dim", CASES)
 def test_values_and_gradients(shape, dim, dtype, backend):
@@ -94,7 +95,7 @@ def test_values_and_gradients(shape, dim, dtype, backend):
         assert (x - z).norm() <= 2 * (y - z).norm() + floor, (name, (x - z).norm())
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", *AVAILABLE])
 @pytest.mark.parametrize("shape, dim", [((3, 40), 0), ((6, 4, 3), 1), ((12, 5), 1), ((3, 8), None)])
 def test_eps_bounds_the_norm(shape, dim, backend):
     v, g, dw = inputs(shape, dim, torch.float64)
@@ -111,7 +112,7 @@ def test_eps_bounds_the_norm(shape, dim, backend):
 @pytest.mark.filterwarnings(
     "ignore:(divide by zero|invalid value):RuntimeWarning"
 )  # numpy's, in the interpreter
-@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", *AVAILABLE])
 def test_a_zero_row_is_nan_as_torchs_unless_eps(backend):
     v, g = torch.randn(3, 4), torch.ones(3, 1)
     v[1] = 0
@@ -124,7 +125,7 @@ def test_a_zero_row_is_nan_as_torchs_unless_eps(backend):
         torch.testing.assert_close(dv[1], torch.full((4,), 1e3))
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", *AVAILABLE])
 @pytest.mark.parametrize("eps", [None, 1.5])
 @pytest.mark.parametrize(
     "shape, dim", [((3, 2, 4), 0), ((3, 2, 4), 1), ((3, 2, 4), 2), ((3, 2, 4), None), ((4,), 0)]
@@ -134,7 +135,7 @@ def test_gradcheck_and_gradgradcheck(shape, dim, eps, backend):
     v, g = v.requires_grad_(), g.requires_grad_()
     with dispatch.backend(backend):
         assert torch.autograd.gradcheck(
-            lambda v, g: function(v, g, dim, eps), (v, g), fast_mode=backend == "triton"
+            lambda v, g: function(v, g, dim, eps), (v, g), fast_mode=backend in ("triton", "cuda")
         )
         assert torch.autograd.gradgradcheck(lambda v, g: function(v, g, dim, eps), (v, g))
 
@@ -172,7 +173,7 @@ def test_split_ranges_agree_with_whole_ones(shape, dim, parts, monkeypatch):
         torch.testing.assert_close(x, z, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("frozen", [0, 1])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_frozen_input_gets_no_gradient(dim, frozen, backend):
@@ -185,7 +186,7 @@ def test_frozen_input_gets_no_gradient(dim, frozen, backend):
     torch.testing.assert_close(leaves[1 - frozen].grad, exact[1 - frozen])
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", *AVAILABLE])
 @pytest.mark.parametrize("dim", [0, 1, 2, None])
 def test_any_strides(dim, backend):
     v, g, dw = inputs((6, 5, 4), dim, torch.float64)
@@ -208,7 +209,7 @@ def test_any_strides(dim, backend):
     )
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", *AVAILABLE])
 def test_dtypes_promote_as_torchs_middle_dim(backend):
     for v_dtype, g_dtype in (
         (torch.bfloat16, torch.float32),
@@ -231,7 +232,7 @@ def test_dtypes_promote_as_torchs_middle_dim(backend):
             )
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", AVAILABLE)
 def test_ops_pass_opcheck_and_keep_norms_in_fp32(backend):
     v, g, dw = inputs((4, 6), 0, torch.bfloat16)
     with dispatch.backend(backend):
@@ -249,7 +250,7 @@ def test_ops_pass_opcheck_and_keep_norms_in_fp32(backend):
         )
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", *AVAILABLE])
 @pytest.mark.parametrize(
     "shape, dim", [((0, 3), 0), ((0, 3), 1), ((4, 0), 0), ((0, 3), None), ((2, 0, 3), 1), ((0,), 0)]
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import threading
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +12,71 @@ from torch.nn.utils import parametrizations, parametrize
 
 from fastnorm.ops.weight_norm import norm_shape, normalized_dim
 from fastnorm.ops.weight_norm import weight_norm as _weight_norm
+
+
+class Computed(NamedTuple):
+    """A weight that a group computed (modules/weight_norm_group.py), and what from."""
+
+    w: Tensor
+    v: Tensor
+    g: Tensor
+    versions: tuple[int, int]  # of v and g then
+
+    def serves(self, v: Tensor, g: Tensor) -> bool:
+        """Whether it is what these tensors give, here and now."""
+        if v is not self.v or g is not self.g or (v._version, g._version) != self.versions:
+            return False
+        if self.w.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        wanted = torch.is_grad_enabled() and (v.requires_grad or g.requires_grad)
+        return self.w.requires_grad or not wanted
+
+
+class Call(NamedTuple):
+    """A forward of a grouped model that is running, and the weights computed for it."""
+
+    model: torch.nn.Module
+    weights: dict[torch.nn.Module, Computed]  # by parametrization
+
+
+class Running(threading.local):
+    """The calls that run in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def find(self, parametrization: torch.nn.Module, v: Tensor, g: Tensor) -> Tensor | None:
+        for call in reversed(self.calls):
+            computed = call.weights.get(parametrization)
+            if computed is not None and computed.serves(v, g):
+                return computed.w
+        return None
+
+
+running = Running()
+
+
+def _pack(x: Tensor) -> tuple[Tensor, int]:
+    return x, x._version
+
+
+def _unpack(packed: tuple[Tensor, int]) -> Tensor:
+    x, version = packed
+    if x._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: a weight-normed layer's {list(x.shape)} is at version {x._version}, "
+            f"expected version {version}"
+        )
+    return x
+
+
+def unobserved_saving() -> contextlib.AbstractContextManager[Any]:
+    """Keep what a weight saves for backward from saved-tensor hooks: torch.utils.checkpoint counts
+    saved tensors, and computes alone, again, what the model's call had computed for all."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
 
 
 class WeightNorm(parametrizations._WeightNorm):
@@ -35,7 +102,13 @@ class WeightNorm(parametrizations._WeightNorm):
             self.eps = eps
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
-        return _weight_norm(weight_v, weight_g, self.dim, self.eps)
+        if torch.compiler.is_compiling():
+            return _weight_norm(weight_v, weight_g, self.dim, self.eps)
+        w = running.find(self, weight_v, weight_g)
+        if w is not None:
+            return w if torch.is_grad_enabled() or not w.requires_grad else w.detach()
+        with unobserved_saving():
+            return _weight_norm(weight_v, weight_g, self.dim, self.eps)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(g, v) of a weight: g = ||weight||, v the weight itself."""

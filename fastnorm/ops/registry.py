@@ -67,11 +67,11 @@ def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) 
     <backend>.py``'s function ``<name>(*inputs, *outputs)`` fills; it is the fake implementation as
     well, so fake and real cannot disagree. The reference backend alone is called as
     ``<name>(*inputs)`` and returns ATen's own tensors. The first input is the tensor whose device
-    decides; tensors come before everything else.
+    decides, or a list of tensors of one device; tensors come before everything else.
     """
 
     def run(*inputs: Any) -> Any:
-        x = inputs[0]
+        x = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
         backend = dispatch.select(family, x)
         implementation = _implementation(family, backend, name)
         if backend == "reference":
@@ -86,7 +86,10 @@ def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) 
         return outputs
 
     def call(*inputs: Any) -> Any:
-        return run(*inputs) if _unobserved(inputs[:tensors]) else overload(*inputs)
+        given = inputs[:tensors]
+        if not isinstance(given[0], Tensor):
+            given = tuple(x for part in given for x in (part if isinstance(part, list) else [part]))
+        return run(*inputs) if _unobserved(given) else overload(*inputs)
 
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -3,10 +3,13 @@ GPU."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+WHOLE = -1  # in a list of dims: one norm for the whole tensor; every other dim is from 0 on
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -17,6 +20,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def promoted(v: Tensor, g: Tensor) -> torch.dtype:
     """torch.result_type of floating-point v and g, which Dynamo cannot trace in torch.export."""
     return torch.promote_types(v.dtype, g.dtype) if g.dim() > 0 else v.dtype
+
+
+def canonical(shape: torch.Size, dim: int | None) -> tuple[int, int, int]:
+    """The sizes of a weight as [A, K, B], a norm over A and B for each of K; None and WHOLE are one
+    norm."""
+    if dim is None or dim == WHOLE:
+        return 1, 1, shape.numel()
+    return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
 
 
 def _norm(v: Tensor, dim: int | None) -> Tensor:
@@ -84,3 +95,46 @@ def weight_norm_backward(
         _unrows(dv, v, dim).to(v.dtype) if needs[0] else None,
         dg.reshape(g.shape).to(g.dtype) if needs[1] else None,
     )
+
+
+def alone(dim: int, eps: float) -> tuple[int | None, float | None]:
+    """dim and eps out of a group's lists, as the op of one weight takes them."""
+    return None if dim == WHOLE else dim, eps or None
+
+
+def weight_norm_group_forward(
+    v: list[Tensor], g: list[Tensor], dim: list[int], eps: list[float]
+) -> tuple[list[Tensor], Tensor]:
+    found = [
+        weight_norm_forward(v, g, *alone(dim, eps))
+        for v, g, dim, eps in zip(v, g, dim, eps, strict=True)
+    ]
+    return [w for w, _ in found], torch.cat([norm.reshape(-1) for _, norm in found])
+
+
+def weight_norm_group_backward(
+    v: list[Tensor],
+    g: list[Tensor],
+    norm: Tensor,
+    dw: list[Tensor],
+    begin: list[int],
+    dim: list[int],
+    eps: list[float],
+    needs_v: list[bool],
+    needs_g: list[bool],
+) -> tuple[list[Tensor], list[Tensor]]:
+    found = [
+        weight_norm_backward(
+            v[i], g[i], norm_of(norm, begin[i], g[i]), dw[i], *alone(dim[i], eps[i]), list(needs)
+        )
+        for i, needs in enumerate(zip(needs_v, needs_g, strict=True))
+    ]
+    return (
+        [dv for dv, _ in found if dv is not None],
+        [dg for _, dg in found if dg is not None],
+    )
+
+
+def norm_of(norm: Tensor, begin: int, g: Tensor) -> Tensor:
+    """A layer's norms out of a group's, as a view of g's shape."""
+    return norm[begin : begin + g.numel()].view(g.shape)

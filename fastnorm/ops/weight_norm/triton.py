@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from fastnorm.ops import launch
+from fastnorm.ops.weight_norm.reference import alone, canonical, norm_of
 from fastnorm.ops.weight_norm.triton_columns import columns_backward_kernel, columns_forward_kernel
 from fastnorm.ops.weight_norm.triton_common import APPLY, BOTH, LONG, ONE, SEVERAL, SUM
 from fastnorm.ops.weight_norm.triton_rows import rows_backward_kernel, rows_forward_kernel
@@ -104,15 +105,6 @@ def _columns_plan(
     return groups, sizes[-1], block_c, sizes, constants
 
 
-def _canonical(v: Tensor, dim: int | None) -> tuple[int, int, int]:
-    """v's sizes as [A, K, B]."""
-    if dim is None:
-        return 1, 1, v.numel()
-    K = v.size(dim)
-    B = v.stride(dim) if dim < v.dim() - 1 else 1
-    return v.numel() // (K * B), K, B
-
-
 def _launch(
     forward: bool,
     v: Tensor,
@@ -122,7 +114,7 @@ def _launch(
     arguments: list[list[Any]],
     **flags: Any,
 ) -> None:
-    A, K, B = _canonical(v, dim)
+    A, K, B = canonical(v.shape, dim)
     held = HELD_ELEMENTS if forward else HELD_ELEMENTS // 2
     if A == 1:
         kernel = rows_forward_kernel if forward else rows_backward_kernel
@@ -175,3 +167,47 @@ def weight_norm_backward(
     _launch(
         False, v, norm, dim, eps, [[dv, dg], [v, g, norm, dw]], NEEDS_DV=needs[0], NEEDS_DG=needs[1]
     )
+
+
+# of many layers: the launches of each, one after the other
+
+
+def weight_norm_group_forward(
+    v: list[Tensor],
+    g: list[Tensor],
+    dim: list[int],
+    eps: list[float],
+    w: list[Tensor],
+    norm: Tensor,
+) -> None:
+    begin = 0
+    for i, x in enumerate(g):
+        weight_norm_forward(v[i], x, *alone(dim[i], eps[i]), w[i], norm_of(norm, begin, x))
+        begin += x.numel()
+
+
+def weight_norm_group_backward(
+    v: list[Tensor],
+    g: list[Tensor],
+    norm: Tensor,
+    dw: list[Tensor],
+    begin: list[int],
+    dim: list[int],
+    eps: list[float],
+    needs_v: list[bool],
+    needs_g: list[bool],
+    dv: list[Tensor],
+    dg: list[Tensor],
+) -> None:
+    every_dv, every_dg = iter(dv), iter(dg)
+    for i, needs in enumerate(zip(needs_v, needs_g, strict=True)):
+        weight_norm_backward(
+            v[i],
+            g[i],
+            norm_of(norm, begin[i], g[i]),
+            dw[i],
+            *alone(dim[i], eps[i]),
+            list(needs),
+            next(every_dv) if needs[0] else None,
+            next(every_dg) if needs[1] else None,
+        )

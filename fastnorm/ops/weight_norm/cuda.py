@@ -1,0 +1,139 @@
+"""Weight norm on the CUDA extension (csrc/weight_norm.cu): one launch for any number of layers."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnorm.ops import launch
+from fastnorm.ops.extension import address, dtype_code, extension, stream
+from fastnorm.ops.weight_norm.reference import WHOLE, canonical, promoted
+
+# of a layer: v's shape, dim (WHOLE: one norm of all), eps (0: none), the dtypes of w, v and g
+Layer = tuple[torch.Size, int, float, torch.dtype, torch.dtype, torch.dtype]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(layers: tuple[Layer, ...], processors: int) -> Any:
+    """The extension's plan for these layers."""
+    sizes = [
+        (*canonical(shape, dim), eps, *(dtype_code(dtype) for dtype in dtypes))
+        for shape, dim, eps, *dtypes in layers
+    ]
+    return extension().WeightNormPlan(sizes, processors)
+
+
+def _plan_of(
+    v: list[Tensor], g: list[Tensor], dim: list[int], eps: list[float]
+) -> tuple[Any, Tensor | None, Tensor | None]:
+    """The plan, and the workspace and counters that it asks for."""
+    layers = tuple(
+        (v.shape, dim, eps, promoted(v, g), v.dtype, g.dtype)
+        for v, g, dim, eps in zip(v, g, dim, eps, strict=True)
+    )
+    plan = _plan(layers, launch.processors(v[0].device))
+    if not plan.counters:
+        return plan, None, None
+    partials = torch.empty(plan.partials, dtype=torch.float64, device=v[0].device)
+    return plan, partials, launch.counters(v[0], plan.counters)
+
+
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
+
+
+def _norm_addresses(norm: Tensor, begin: list[int]) -> list[int]:
+    start, size = norm.data_ptr(), norm.element_size()
+    return [start + size * i for i in begin]
+
+
+def _wanted(outputs: list[Tensor], needs: list[bool]) -> list[int]:
+    """The address of every layer's output, of which there are only those that are needed."""
+    found = iter(outputs)
+    return [next(found).data_ptr() if needed else 0 for needed in needs]
+
+
+def weight_norm_group_forward(
+    v: list[Tensor],
+    g: list[Tensor],
+    dim: list[int],
+    eps: list[float],
+    w: list[Tensor],
+    norm: Tensor,
+) -> None:
+    plan, partials, counters = _plan_of(v, g, dim, eps)
+    begin = list(itertools.accumulate((x.numel() for x in g[:-1]), initial=0))
+    extension().weight_norm_forward(
+        plan,
+        _addresses(w),
+        _addresses(v),
+        _addresses(g),
+        _norm_addresses(norm, begin),
+        address(partials),
+        address(counters),
+        stream(v[0]),
+    )
+
+
+def weight_norm_group_backward(
+    v: list[Tensor],
+    g: list[Tensor],
+    norm: Tensor,
+    dw: list[Tensor],
+    begin: list[int],
+    dim: list[int],
+    eps: list[float],
+    needs_v: list[bool],
+    needs_g: list[bool],
+    dv: list[Tensor],
+    dg: list[Tensor],
+) -> None:
+    plan, partials, counters = _plan_of(v, g, dim, eps)
+    extension().weight_norm_backward(
+        plan,
+        _wanted(dv, needs_v),
+        _wanted(dg, needs_g),
+        _addresses(v),
+        _addresses(g),
+        _norm_addresses(norm, begin),
+        _addresses(dw),
+        address(partials),
+        address(counters),
+        stream(v[0]),
+    )
+
+
+def weight_norm_forward(
+    v: Tensor, g: Tensor, dim: int | None, eps: float | None, w: Tensor, norm: Tensor
+) -> None:
+    weight_norm_group_forward([v], [g], [WHOLE if dim is None else dim], [eps or 0.0], [w], norm)
+
+
+def weight_norm_backward(
+    v: Tensor,
+    g: Tensor,
+    norm: Tensor,
+    dw: Tensor,
+    dim: int | None,
+    eps: float | None,
+    needs: list[bool],
+    dv: Tensor | None,
+    dg: Tensor | None,
+) -> None:
+    weight_norm_group_backward(
+        [v],
+        [g],
+        norm,
+        [dw],
+        [0],
+        [WHOLE if dim is None else dim],
+        [eps or 0.0],
+        needs[:1],
+        needs[1:],
+        [] if dv is None else [dv],
+        [] if dg is None else [dg],
+    )

@@ -1,0 +1,156 @@
+"""Weight norm of many layers at once: one op, one autograd node, on CUDA C++ one launch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnorm import dispatch
+from fastnorm.ops.registry import apply, differentiable_backward, register
+from fastnorm.ops.weight_norm import _check, normalized_dim, reference, weight_norm
+
+# the outputs, and what the ops look like to torch
+
+
+def _forward_outputs(
+    v: list[Tensor], g: list[Tensor], dim: list[int], eps: list[float]
+) -> tuple[list[Tensor], Tensor]:
+    dtypes = [reference.promoted(v, g) for v, g in zip(v, g, strict=True)]
+    w = [
+        torch.empty_like(v, dtype=dtype, memory_format=torch.contiguous_format)
+        for v, dtype in zip(v, dtypes, strict=True)
+    ]
+    # the norms of all layers, one behind the other
+    return w, v[0].new_empty(sum(x.numel() for x in g), dtype=reference.wide(dtypes[0]))
+
+
+def _backward_outputs(
+    v: list[Tensor],
+    g: list[Tensor],
+    norm: Tensor,
+    dw: list[Tensor],
+    begin: list[int],
+    dim: list[int],
+    eps: list[float],
+    needs_v: list[bool],
+    needs_g: list[bool],
+) -> tuple[list[Tensor], list[Tensor]]:
+    form = torch.contiguous_format
+    return (
+        [torch.empty_like(x, memory_format=form) for x in itertools.compress(v, needs_v)],
+        [torch.empty_like(x, memory_format=form) for x in itertools.compress(g, needs_g)],
+    )
+
+
+_forward = register(
+    "weight_norm",
+    "weight_norm_group_forward",
+    "(Tensor[] v, Tensor[] g, int[] dim, float[] eps) -> (Tensor[], Tensor)",
+    _forward_outputs,
+)
+_backward = register(
+    "weight_norm",
+    "weight_norm_group_backward",
+    "(Tensor[] v, Tensor[] g, Tensor norm, Tensor[] dw, int[] begin, int[] dim, float[] eps,"
+    " bool[] needs_v, bool[] needs_g) -> (Tensor[], Tensor[])",
+    _backward_outputs,
+)
+
+
+class WeightNormGroupFunction(torch.autograd.Function):
+    """Every w = g * v / ||v||; a layer whose w was not used gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, dim: list[int], eps: list[float], *v_and_g: Tensor) -> tuple[Tensor, ...]:
+        v, g = list(v_and_g[: len(dim)]), list(v_and_g[len(dim) :])
+        w, norm = _forward(v, g, dim, eps)
+        ctx.dim, ctx.eps = dim, eps
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*v, *g, norm)
+        needs = ctx.needs_input_grad[2:]
+        ctx.mark_non_differentiable(
+            *(w for w, *needed in zip(w, needs, needs[len(dim) :], strict=False) if not any(needed))
+        )
+        return tuple(w)
+
+    @staticmethod
+    def backward(ctx: Any, *dw: Tensor | None) -> tuple[Tensor | None, ...]:
+        count = len(dw)
+        *v_and_g, norm = ctx.saved_tensors
+        v, g = v_and_g[:count], v_and_g[count:]
+        used = [i for i in range(count) if dw[i] is not None]
+        given: list[Any] = [dw[i] for i in used]
+        gradients: list[Tensor | None] = [None] * (2 * count)
+        if torch.is_grad_enabled():
+            for i, gradient in zip(used, given, strict=True):
+                dim, eps = reference.alone(ctx.dim[i], ctx.eps[i])
+                gradients[i], gradients[count + i] = differentiable_backward(
+                    lambda v, g, dim=dim, eps=eps: reference.composite(v, g, dim, eps),
+                    (v[i], g[i]),
+                    gradient,
+                )
+        elif used:
+            begin = list(itertools.accumulate((x.numel() for x in g), initial=0))
+            needs = ctx.needs_input_grad[2:]
+            dv, dg = _backward(
+                [v[i] for i in used],
+                [g[i] for i in used],
+                norm,
+                [x.contiguous() for x in given],
+                *([values[i] for i in used] for values in (begin, ctx.dim, ctx.eps)),
+                [needs[i] for i in used],
+                [needs[count + i] for i in used],
+            )
+            for i, x in zip((i for i in used if needs[i]), dv, strict=True):
+                gradients[i] = x
+            for i, x in zip((i for i in used if needs[count + i]), dg, strict=True):
+                gradients[count + i] = x
+        return None, None, *gradients
+
+
+def weight_norm_group(
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    dim: Sequence[int | None],
+    eps: Sequence[float | None],
+) -> list[Tensor]:
+    """:func:`weight_norm` of every (v, g, dim, eps), whose tensors are on one device.
+
+    One call and one autograd node where a kernel of ours serves; each by itself where torch's own
+    function does. Layers that are computed in fp64 and those in fp32 make two calls.
+    """
+    found: dict[int, Tensor] = {}
+    groups: dict[torch.dtype, list[int]] = {}
+    for i, x in enumerate(v):
+        if x.numel() == 0:
+            found[i] = weight_norm(x, g[i], dim[i], eps[i])
+        else:
+            groups.setdefault(reference.wide(reference.promoted(x, g[i])), []).append(i)
+    for members in groups.values():
+        if _each_alone([v[i] for i in members]):
+            found |= {i: weight_norm(v[i], g[i], dim[i], eps[i]) for i in members}
+            continue
+        dims = [normalized_dim(v[i].dim(), dim[i]) for i in members]
+        for i, own in zip(members, dims, strict=True):
+            _check(v[i], g[i], own)
+        every = apply(
+            WeightNormGroupFunction,
+            [reference.WHOLE if own is None else own for own in dims],
+            [eps[i] or 0.0 for i in members],
+            *(v[i].contiguous() for i in members),
+            *(g[i].contiguous() for i in members),
+        )
+        found |= dict(zip(members, every, strict=True))
+    return [found[i] for i in range(len(v))]
+
+
+def _each_alone(v: list[Tensor]) -> bool:
+    """Whether torch's own function serves these layers, or the smallest of them where each takes a
+    launch."""
+    if dispatch.select("weight_norm", v[0]) == "cuda":
+        return dispatch.native("weight_norm", v[0], sum(x.numel() for x in v))
+    return any(dispatch.native("weight_norm", x) for x in v)
