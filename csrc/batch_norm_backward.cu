@@ -22,6 +22,23 @@ using ChannelSums = Sums<kCenterOnly ? 1 : 2, W>;
 
 enum Value { kMean, kScale, kBias, kMeanDz, kMeanDzXHat };  // per channel, in shared memory
 
+// Identity and relu are one kernel, whose slope left of zero is a number.
+struct Straight {
+    float left;
+    __device__ __forceinline__ explicit Straight(Activation activation)
+        : left(activation == Activation::relu ? 0.0f : 1.0f) {}
+    template <class W>
+    __device__ __forceinline__ W slope(W z) const {
+        return z <= W(0) ? W(left) : W(1);
+    }
+};
+
+using batch_norm::with_formula;
+template <class F>
+__device__ __forceinline__ void with_formula(const Straight& straight, F f) {
+    f(straight);
+}
+
 // What a thread needs of its slots' channels: of eight of them, that is too much for registers.
 template <class W, int K, bool kCenterOnly>
 struct Channels {
@@ -74,7 +91,6 @@ __device__ __forceinline__ void gradient(const BackwardTile<T, kCenterOnly, kLas
                                          const Activity& activity, W (&centred)[Vector<T>::size],
                                          W (&dz)[Vector<T>::size]) {
     constexpr int V = Vector<T>::size;
-    constexpr bool kPlain = std::is_same_v<Activity, Fixed<activations::identity>>;
     const Vector<T> dy = tile.at(h, kDy<kCenterOnly>, u);
 #pragma unroll
     for (int j = 0; j < V; ++j) dz[j] = widen(dy.v[j]), centred[j] = W(0);
@@ -82,8 +98,6 @@ __device__ __forceinline__ void gradient(const BackwardTile<T, kCenterOnly, kLas
         const Vector<T> x = tile.at(h, 0, u);
 #pragma unroll
         for (int j = 0; j < V; ++j) centred[j] = widen(x.v[j]) - channels.get(kMean, kLast ? j : 0);
-    }
-    if constexpr (!kCenterOnly && !kPlain) {
         W z[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -101,7 +115,7 @@ __device__ __forceinline__ void gradient(const BackwardTile<T, kCenterOnly, kLas
         for (int part = 0; part < V; part += kPart) {
             with_formula(activity, [&](auto formula) {
 #pragma unroll
-                for (int j = 0; j < kPart; ++j) z[j] = decltype(formula)::slope(z[j]);
+                for (int j = 0; j < kPart; ++j) z[j] = formula.slope(z[j]);
             });
             rotate<kPart>(z);
         }
@@ -281,15 +295,26 @@ __global__ void __launch_bounds__(kThreads, kLast && sizeof(T) == 2 ? 2 : 3)
     if (!one_pass) finish(a.counters, p.counters, nullptr);
 }
 
+// Calls f with the kernel's type of an activation: that of one of its own, or Any.
+template <class T, class F>
+cudaError_t with_activity(Activation activation, F f) {
+    if constexpr (!std::is_same_v<T, double>) {
+        if (activation == Activation::identity || activation == Activation::relu)
+            return f(Type<Straight>{});
+        if (activation == Activation::silu) return f(Type<Fixed<activations::silu>>{});
+        if (activation == Activation::gelu) return f(Type<Fixed<activations::gelu>>{});
+    }
+    return f(Type<Any>{});
+}
+
 template <class F>
 cudaError_t with_kernel(Dtype dtype, Activation activation, bool last, bool center_only, F f) {
     return with_type(dtype, [&](auto t) {
         using T = decltype(t);
         return with_flag(last, [&](auto flag) {
             constexpr bool kLast = decltype(flag)::value;
-            if (center_only)
-                return f(batch_norm_backward_kernel<T, Fixed<activations::identity>, true, kLast>);
-            return with_activation_type<T>(activation, [&](auto activity) {
+            if (center_only) return f(batch_norm_backward_kernel<T, Straight, true, kLast>);
+            return with_activity<T>(activation, [&](auto activity) {
                 return f(
                     batch_norm_backward_kernel<T, typename decltype(activity)::type, false, kLast>);
             });
