@@ -22,23 +22,6 @@ using ChannelSums = Sums<kCenterOnly ? 1 : 2, W>;
 
 enum Value { kMean, kScale, kBias, kMeanDz, kMeanDzXHat };  // per channel, in shared memory
 
-// Identity and relu are one kernel, whose slope left of zero is a number.
-struct Straight {
-    float left;
-    __device__ __forceinline__ explicit Straight(Activation activation)
-        : left(activation == Activation::relu ? 0.0f : 1.0f) {}
-    template <class W>
-    __device__ __forceinline__ W slope(W z) const {
-        return z <= W(0) ? W(left) : W(1);
-    }
-};
-
-using batch_norm::with_formula;
-template <class F>
-__device__ __forceinline__ void with_formula(const Straight& straight, F f) {
-    f(straight);
-}
-
 // What a thread needs of its slots' channels: of eight of them, that is too much for registers.
 template <class W, int K, bool kCenterOnly>
 struct Channels {
@@ -293,18 +276,6 @@ __global__ void __launch_bounds__(kThreads, kLast && sizeof(T) == 2 ? 2 : 3)
         sweep = {false, true, true};
     }
     if (!one_pass) finish(a.counters, p.counters, nullptr);
-}
-
-// Calls f with the kernel's type of an activation: that of one of its own, or Any.
-template <class T, class F>
-cudaError_t with_activity(Activation activation, F f) {
-    if constexpr (!std::is_same_v<T, double>) {
-        if (activation == Activation::identity || activation == Activation::relu)
-            return f(Type<Straight>{});
-        if (activation == Activation::silu) return f(Type<Fixed<activations::silu>>{});
-        if (activation == Activation::gelu) return f(Type<Fixed<activations::gelu>>{});
-    }
-    return f(Type<Any>{});
 }
 
 template <class F>

@@ -30,16 +30,16 @@ template <class W, int K>
 struct Collected {
     W count = W(0), sum[K] = {}, m2[K] = {};
 
-    // Chan's merge with a set of n numbers, their sums, and their deviations from their means.
-    __device__ __forceinline__ void add(int n, const W (&s)[K], const W (&q)[K]) {
+    // Chan's merge with a set of n numbers: their means and squared deviations from these.
+    __device__ __forceinline__ void add(int n, const W (&mean)[K], const W (&squares)[K]) {
         if (n == 0) return;
-        const W per_n = reciprocal(W(n)), per_count = count > W(0) ? reciprocal(count) : W(0);
+        const W per_count = count > W(0) ? reciprocal(count) : W(0);
         const W weight = count * W(n) * reciprocal(count + W(n));
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const W delta = s[k] * per_n - sum[k] * per_count;
-            m2[k] += count > W(0) ? q[k] + delta * delta * weight : q[k];
-            sum[k] += s[k];
+            const W delta = mean[k] - sum[k] * per_count;
+            m2[k] += count > W(0) ? squares[k] + delta * delta * weight : squares[k];
+            sum[k] += mean[k] * W(n);
         }
         count += W(n);
     }
@@ -56,7 +56,7 @@ __device__ __forceinline__ int each(const ForwardTile<T, kLast>& tile, unsigned 
                                     const Wide<T> (&pivot)[K], F f) {
     constexpr int V = Vector<T>::size;
     int elements = 0;
-#pragma unroll 2
+#pragma unroll 1
     for (int u = 0; u < kForwardSlots; ++u) {
         const Part part = tile.part(h, u);
         const Vector<T> x = tile.at(h, 0, u);
@@ -97,7 +97,7 @@ __device__ __forceinline__ void collect(const BatchNormForward& a, ForwardTile<T
     W pivot[K] = {};
     for (unsigned h = 0, end; h < tile.count; h = end) {
         end = h < tile.loose ? h + 1 : tile.count;
-        W sum[K] = {}, squares[K] = {}, mean[K];
+        W mean[K] = {}, squares[K] = {};
         int n = 0;
         for (unsigned i = h; i < end; ++i) {
             tile.advance(i);
@@ -107,14 +107,14 @@ __device__ __forceinline__ void collect(const BatchNormForward& a, ForwardTile<T
                 shared.get(kMean, a.plan, tile.lane.column, pivot);
             }
             tile.arrived(i);
-            n += each(tile, i, pivot, [&](int k, W d) { sum[k] += d; });
+            n += each(tile, i, pivot, [&](int k, W d) { mean[k] += d; });
         }
         const W per_n = n > 0 ? reciprocal(W(n)) : W(0);
 #pragma unroll
-        for (int k = 0; k < K; ++k) mean[k] = sum[k] * per_n;
+        for (int k = 0; k < K; ++k) mean[k] *= per_n;
         for (unsigned i = h; i < end && !a.center_only; ++i)
             each(tile, i, pivot, [&](int k, W d) { squares[k] += (d - mean[k]) * (d - mean[k]); });
-        all.add(n, sum, squares);
+        all.add(n, mean, squares);
     }
     all.moments(m);
 }
@@ -168,7 +168,7 @@ __device__ __forceinline__ Vector<T> normalized(const Vector<T>& x, const Vector
     }
     with_formula(activity, [&](auto formula) {
 #pragma unroll
-        for (int j = 0; j < V; ++j) z[j] = decltype(formula)::value(z[j]);
+        for (int j = 0; j < V; ++j) z[j] = formula.value(z[j]);
     });
     Vector<T> y;
 #pragma unroll
@@ -177,7 +177,7 @@ __device__ __forceinline__ Vector<T> normalized(const Vector<T>& x, const Vector
 }
 
 template <class T, class Activity, bool kLast>
-__global__ void __launch_bounds__(kThreads, kLast || sizeof(T) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, kLast && sizeof(T) == 2 ? 2 : 3)
     batch_norm_forward_kernel(const __grid_constant__ BatchNormForward a) {
     using W = Wide<T>;
     constexpr int K = kChannels<T, kLast>;
@@ -246,7 +246,7 @@ template <class F>
 cudaError_t with_kernel(Dtype dtype, Activation activation, bool last, F f) {
     return with_type(dtype, [&](auto t) {
         using T = decltype(t);
-        return with_activation_type<T>(activation, [&](auto activity) {
+        return with_activity<T>(activation, [&](auto activity) {
             return with_flag(last, [&](auto flag) {
                 return f(batch_norm_forward_kernel<T, typename decltype(activity)::type,
                                                    decltype(flag)::value>);

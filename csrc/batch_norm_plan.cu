@@ -11,7 +11,6 @@ constexpr long kRun = 1024;           // bytes of adjacent memory worth a read o
 constexpr long kLine = 128;           // bytes of channels, where these are adjacent
 constexpr int kWidest = 128;          // channels, where as many as memory likes are adjacent
 constexpr long kInFlight = 13 << 20;  // of L2, taken by tiles between their two reads
-constexpr int kShare = 3;             // blocks of a multiprocessor, as registers allow
 
 long divide_up(long a, long b) {
     return (a + b - 1) / b;
@@ -58,6 +57,8 @@ struct Planner {
     BatchNormPlan& p;
     int size, vector, wide;  // bytes, elements of 16 bytes, bytes
 
+    // Blocks of a multiprocessor, as registers allow.
+    int share() const { return p.last && size == 2 ? 2 : 3; }
     int slots() const { return request.backward ? kBackwardSlots : kForwardSlots; }
     long batch_bytes() const { return long(p.pitch) * slots() * 16; }  // of one operand
     long tensor() const { return long(p.total) * p.groups; }           // in batches
@@ -183,7 +184,7 @@ cudaError_t Planner::choose() {
         cut(p.columns / 2);
 
     // owner: a group is one tile, or the tensor one wave of blocks
-    const unsigned tile = most_held(kShare, false), half = most_held(2, false);
+    const unsigned tile = most_held(share(), false), half = most_held(2, false);
     const bool one_wave = tensor() <= 2l * half * device.processors;
     const bool busy = 4l * p.groups >= device.processors || p.total <= 2;
     if (takes(BatchNormForm::owner, p.total) &&
@@ -196,7 +197,7 @@ cudaError_t Planner::choose() {
 
     // hold: half of the blocks that are resident suffice, should another launch take the rest
     int blocks = 0;
-    if (takes(BatchNormForm::hold, spread(tile, kShare)) && p.batches <= tile) {
+    if (takes(BatchNormForm::hold, spread(tile, share())) && p.batches <= tile) {
         take_memory(p.batches, false);
         FASTNORM_TRY(resident(&blocks));
         if (p.members == 1 || p.members <= unsigned(blocks) / 2) return finish();
@@ -218,7 +219,9 @@ cudaError_t Planner::choose() {
 // The chip has no room for a group: lines of channels may be as long as memory likes.
 cudaError_t Planner::stream() {
     if (p.last && !forced()) cut(power_of_two(divide_up(p.shape.C, vector), kWidest / vector));
-    take_memory(most_held(kShare, true), true);
+    // half of the resident blocks share a group: the other half wants one too
+    while (p.last && !forced() && p.columns > 1 && p.groups < 2) cut(p.columns / 2);
+    take_memory(most_held(2, true), true);
     int blocks = 0;
     FASTNORM_TRY(resident(&blocks));
     const long most = blocks > 1 ? blocks / 2 : 1;

@@ -297,15 +297,41 @@ __device__ __forceinline__ E combine_members(const E* partials, const BatchNormP
 
 // ---- activations --------------------------------------------------------------------------------
 
+// Identity and relu in one kernel.
+struct Straight {
+    bool rectified;
+    __device__ __forceinline__ explicit Straight(Activation activation)
+        : rectified(activation == Activation::relu) {}
+    template <class W>
+    __device__ __forceinline__ W value(W z) const {
+        return rectified && z <= W(0) ? W(0) : z;
+    }
+    template <class W>
+    __device__ __forceinline__ W slope(W z) const {
+        return rectified && z <= W(0) ? W(0) : W(1);
+    }
+};
+
 // Calls f with the activation's formulas: any switch is passed once per call.
-template <class Formula, class F>
-__device__ __forceinline__ void with_formula(const Fixed<Formula>&, F f) {
-    f(Formula{});
+template <class Activity, class F>
+__device__ __forceinline__ void with_formula(const Activity& activity, F f) {
+    if constexpr (std::is_same_v<Activity, Any>) {
+        with_activation(activity.activation, f);
+    } else {
+        f(activity);
+    }
 }
 
-template <class F>
-__device__ __forceinline__ void with_formula(const Any& any, F f) {
-    with_activation(any.activation, f);
+// Calls f with the kernel's type of an activation: that of one of its own, or Any.
+template <class T, class F>
+cudaError_t with_activity(Activation activation, F f) {
+    if constexpr (!std::is_same_v<T, double>) {
+        if (activation == Activation::identity || activation == Activation::relu)
+            return f(Type<Straight>{});
+        if (activation == Activation::silu) return f(Type<Fixed<activations::silu>>{});
+        if (activation == Activation::gelu) return f(Type<Fixed<activations::gelu>>{});
+    }
+    return f(Type<Any>{});
 }
 
 }  // namespace batch_norm
