@@ -85,7 +85,8 @@ if [ -n "${FASTNORM_WHEELS:-}" ]; then
     step setup/wheels "$(share 15)" bash -c 'exec "$python" -m pip install -q --no-index --no-deps --no-compile \
         --upgrade --target "$0" "$1"/*.whl' "$work/site" "$FASTNORM_WHEELS"
 fi
-step setup/machine "$(share 15)" bash -c 'nvidia-smi 2> /dev/null || echo "no nvidia-smi"; nvcc --version | tail -n 1; device'
+step setup/machine "$(share 15)" bash -c \
+    'nvidia-smi 2> /dev/null || echo "no nvidia-smi"; nvcc --version | tail -n 1; device'
 capability=$(tail -n 1 "$out/setup.log" | grep -oE '[0-9]+\.[0-9]+$')
 if [ -z "$dry" ] && ! grep -q ' [1-9][0-9]* GPUs' "$out/setup.log"; then
     echo "no GPU: torch sees none (--dry-run does what needs none)" >&2
@@ -120,15 +121,19 @@ else
     # without torch's allocator between them: it would hide the end of a small tensor
     for tool in memcheck racecheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer/$tool "$(share 10)" compute-sanitizer --tool $tool \
-            --error-exitcode 9 --launch-timeout 60 --kernel-name kns=fastnorm "$python" -m benchmarks.small --backend cuda
+            --error-exitcode 9 --launch-timeout 60 --kernel-name kns=fastnorm \
+            "$python" -m benchmarks.small --backend cuda --every-way
     done
 fi
 
 suites=${FASTNORM_SUITES:-ops,models,host,kernelbench}
 device=cuda
-[ -n "$dry" ] && suites=quick device=cpu
 reserve=15 # to start, to end, and for the summary
 remaining=$(($(left) - reserve))
+if [ -n "$dry" ]; then
+    suites=quick device=cpu
+    [ $remaining -gt 20 ] && remaining=20
+fi
 if [ $remaining -lt 5 ]; then
     echo "== suite: no time left for it"
     failed+=(suite)

@@ -163,6 +163,9 @@ def _surgery(module: nn.Module, provider: str) -> str:
     done = f"replace_ changed {fastnorm.replace_(module).changed}"
     if provider == "fastnorm":
         done += f", fuse_ {fastnorm.fuse_(module).changed}"
+        with contextlib.suppress(ValueError):  # no layer of it has weight norm
+            fastnorm.weight_norm_(module)
+            done += ", weight_norm_ made one call of every weight norm"
     return done
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.problems import DTYPES, Problem
 from fastnorm import functional
+from fastnorm.ops.weight_norm.group import weight_norm_group
 
 Tensors = dict[str, Tensor]
 Function = Callable[..., Any]  # (**tensors) -> a tensor or a tuple of them
@@ -206,6 +207,19 @@ def _each_weight(function: Function) -> Callable[[Problem], Function]:
     return make
 
 
+def _weight_norm_ours(problem: Problem) -> Function:
+    """A generator's layers in one call, as fastnorm.weight_norm_ makes it; else one layer."""
+    if problem.variant != "hifigan":
+        return _each_weight(functional.weight_norm)(problem)
+    dims = [dim for _, dim in weight_norm_layers(problem)]
+
+    def run(**tensors: Tensor) -> tuple[Tensor, ...]:
+        v, g = ([tensors[f"{name}{i}"] for i in range(len(dims))] for name in "vg")
+        return tuple(weight_norm_group(v, g, dims, [None] * len(dims)))
+
+    return run
+
+
 # activations
 
 
@@ -261,7 +275,7 @@ OPS: dict[str, Op] = {
     ),
     "weight_norm": Op(
         ("dim0", "dim1", "dim2", "hifigan"), ("flat",), _weight_norm_tensors,
-        _each_weight(torch._weight_norm), _each_weight(functional.weight_norm),
+        _each_weight(torch._weight_norm), _weight_norm_ours,
     ),
     "activation": Op(
         tuple(ACTIVATIONS), ("flat",), _activation_tensors,

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 
 from benchmarks import suites
+from benchmarks.candidates import Changes, applied, candidates, knobs, label
 from benchmarks.measure import Bench, first_line
 from benchmarks.ops import OPS
 from benchmarks.problems import TRAINING, Problem
@@ -42,21 +43,36 @@ def every_kind() -> list[Problem]:
     return [problem for problem in found.values() if problem.variant != "hifigan"]
 
 
-def check(backend: str, device: str, ops: list[str]) -> int:
+def _ways(problem: Problem, backend: str, every_way: bool) -> list[Changes]:
+    """As the kernels are launched, and with each of the launcher's numbers changed by itself."""
+    if not every_way:
+        return [()]
+    turned = knobs(problem, backend)
+    found = {c: None for mode in TRAINING for c in candidates(turned, mode) if len(c) <= 1}
+    return list(found)
+
+
+def check(backend: str, device: str, ops: list[str], every_way: bool = False) -> int:
     """Run every kind on a backend; how many were wrong or failed."""
     bench, provider, failed = Bench(device), Ours(backend, backend=backend), 0
     for problem in every_kind():
         if problem.op not in ops:
             continue
-        try:
-            stage = bench.stage(problem)
-            tensors = stage.fresh()
-            with provider.active():
-                complaint = stage.check(provider.bind(problem, tensors), tensors)[2]
-        except Exception as error:
-            complaint = first_line(error)
-        print(f"{problem}: {complaint or 'right'}", flush=True)
-        failed += bool(complaint)
+        for changes in _ways(problem, backend, every_way):
+            turned = knobs(problem, backend)
+            how = f"{problem}, {label(turned, changes)}" if every_way else str(problem)
+            try:
+                stage = bench.stage(problem)
+                tensors = stage.fresh()
+                with provider.active(), applied(turned, changes):
+                    complaint = stage.check(provider.bind(problem, tensors), tensors)[2]
+            except Exception as error:
+                if changes and "CUDA error" not in str(error):
+                    print(f"{how}: not possible: {first_line(error)}", flush=True)
+                    continue
+                complaint = first_line(error)
+            print(f"{how}: {complaint or 'right'}", flush=True)
+            failed += bool(complaint)
     return failed
 
 
@@ -65,12 +81,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", default="auto", choices=dispatch.CHOICES)
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=tuple(OPS))
+    parser.add_argument(
+        "--every-way",
+        action="store_true",
+        help="also with each of the launchers' numbers changed, as tune does",
+    )
     chosen = parser.parse_args(arguments)
     try:
         device = device_of(chosen.device)
     except Refused as refusal:
         parser.error(str(refusal))
-    failed = check(chosen.backend, device, chosen.op)
+    failed = check(chosen.backend, device, chosen.op, chosen.every_way)
     print(f"{failed} wrong on {chosen.backend}, {device}")
     return 1 if failed else 0
 

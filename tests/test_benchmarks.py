@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import correctness, models, ops, suites
+import fastnorm
+from benchmarks import correctness, models, ops, small, suites
 from benchmarks.floors import floor_bytes
 from benchmarks.jobs import OpJob, plan
 from benchmarks.measure import Bench, Stage
@@ -181,6 +182,19 @@ def test_check_of_small_problems(capsys: pytest.CaptureFixture[str]) -> None:
     assert said[-1] == "0 wrong on reference, cpu"
 
 
+@pytest.mark.parametrize(
+    "backend, op", [("triton", "mean_only_batch_norm"), ("cuda", "activation")]
+)
+def test_check_of_every_way(backend: str, op: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a GPU: Triton's kernels interpreted, the CUDA sources compiled by g++."""
+    if (missing := fastnorm.backends()[backend]) is not None:
+        pytest.skip(missing)
+    assert small.check(backend, "cpu", [op], every_way=True) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert any(line.endswith(", as it is: right") for line in said)
+    assert sum(line.endswith("right") for line in said) > 1, said
+
+
 @pytest.mark.parametrize("provider", ["fastnorm-replaced", "fastnorm"])
 def test_step_of_a_model(provider: str) -> None:
     model = replace(
@@ -214,3 +228,15 @@ def test_a_model_of_which_no_source_is_installed() -> None:
     model = replace(MODELS["bert_base"], sources=())
     (row,) = models.rows(model, "torch", "cpu")
     assert not row.ok
+
+
+def test_a_generator_is_one_call_of_ours() -> None:
+    (problem,) = (p for p in suites.problems(["quick"], "cuda") if p.variant == "hifigan")
+    stage = Stage(problem, "cpu")
+    tensors = stage.fresh()
+    error, _, complaint = stage.check(PROVIDERS["fastnorm"].bind(problem, tensors), tensors)
+    assert complaint == ""
+    assert error < 1e-6
+    (row,) = models.rows(MODELS["hifigan_v1"], "fastnorm", "cpu")
+    assert row.ok, row.note
+    assert row.note.endswith("weight_norm_ made one call of every weight norm")

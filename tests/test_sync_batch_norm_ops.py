@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import functional
-from fastnorm.ops.batch_norm import sync
+from fastnorm.ops.batch_norm import collectives
 from tests.cases import CASES, Case
 from tests.compare import assert_as_good_as_torch
 from tests.conftest import AVAILABLE
@@ -36,10 +36,10 @@ def _beside_an_empty_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def batch_norm(x, running_mean, running_var, weight, bias, training, **options):  # type: ignore[no-untyped-def]
         assert training
-        return sync.sync_batch_norm(x, running_mean, running_var, weight, bias, **options)
+        return functional.sync_batch_norm(x, running_mean, running_var, weight, bias, **options)
 
-    monkeypatch.setattr(sync, "_members", lambda process_group: (2, "nobody"))
-    monkeypatch.setattr(sync, "_communicate", communicate)
+    monkeypatch.setattr(collectives, "members", lambda process_group: (2, "nobody"))
+    monkeypatch.setattr(collectives, "communicate", communicate)
     monkeypatch.setattr(functional, "batch_norm", batch_norm)
 
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import sys
-import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils.checkpoint import checkpoint
 
 import fastnorm
 from fastnorm.modules.weight_norm import WeightNorm, running
-from fastnorm.modules.weight_norm_group import group_of
 from fastnorm.ops.weight_norm import group as family
 from tests.conftest import AVAILABLE
+from tests.weight_norm_models import assert_same_gradients, counted_calls, twins
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -26,64 +23,20 @@ pytestmark = [
 everywhere = pytest.mark.parametrize("backend", ["auto", *AVAILABLE])
 
 
-class Model(nn.Module):
-    """Several dims, a layer that is used twice, and one that is not used."""
-
-    def __init__(self, wrap=fastnorm.weight_norm):
-        super().__init__()
-        self.first = wrap(nn.Conv1d(3, 8, 3, padding=1))
-        self.twice = wrap(nn.Conv1d(8, 8, 3, padding=1), dim=1)
-        self.up = wrap(nn.ConvTranspose1d(8, 4, 2), dim=None)
-        self.unused = wrap(nn.Linear(4, 4))
-        self.last = wrap(nn.Linear(4, 5))
-
-    def forward(self, x):
-        x = self.twice(torch.relu(self.twice(self.first(x))))
-        return self.last(self.up(x).mean(2))
-
-
 @pytest.fixture
 def x():
     return torch.randn(2, 3, 6)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    return counted_calls(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_stays():
     yield
     assert running.calls == []
-
-
-def twins(wrap=fastnorm.weight_norm):
-    alone = Model(wrap)
-    return alone, fastnorm.weight_norm_(copy.deepcopy(alone))
-
-
-def gradients(model):
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_same_gradients(alone, grouped, **tolerance):
-    one, other = gradients(alone), gradients(grouped)
-    assert list(one) == list(other)
-    for name, gradient in one.items():
-        assert (gradient is None) == (other[name] is None), name
-        if gradient is not None:
-            torch.testing.assert_close(other[name], gradient, **tolerance)
-
-
-# every call of the op pair, so that tests can count them
-@pytest.fixture
-def calls(monkeypatch):
-    made = []
-    for name in ("_forward", "_backward"):
-        op = getattr(family, name)
-
-        def counted(*inputs, op=op, name=name):
-            made.append((name, len(inputs[0])))
-            return op(*inputs)
-
-        monkeypatch.setattr(family, name, counted)
-    return made
 
 
 @everywhere
@@ -303,44 +256,6 @@ def test_grad_mode_and_changes_inside_a_forward(backend, x):
             assert model.model.last.parametrizations.weight.original1.grad is not None
 
 
-def test_the_backward_of_changed_parameters_is_an_error_as_torchs(x):
-    _, model = twins()
-    with fastnorm.backend("reference"):
-        for context in (lambda: torch.autograd.graph.save_on_cpu(), torch.enable_grad):
-            with context():
-                y = model(x).sum()
-            with torch.no_grad():
-                model.first.parametrizations.weight.original1.mul_(2)
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                y.backward()
-
-
-@everywhere
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_parts_and_a_checkpointed_model(backend, reentrant, x):
-    alone, grouped = twins()
-
-    class Checkpointed(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            m = self.model
-            x = m.first(x)
-            x = checkpoint(
-                lambda x: m.up(torch.relu(m.twice(x))).square(), x, use_reentrant=reentrant
-            )
-            return m.last(x.mean(2))
-
-    with fastnorm.backend(backend):
-        for model in (Checkpointed(alone), fastnorm.weight_norm_(Checkpointed(grouped))):
-            model(x).sum().backward()
-            whole = checkpoint(model.model, x.requires_grad_(), use_reentrant=reentrant)
-            whole.sum().backward()
-    assert_same_gradients(alone, grouped)
-
-
 def test_nested_groups_and_a_model_that_calls_itself(x, calls):
     alone, grouped = twins()
 
@@ -434,147 +349,6 @@ def test_other_parametrizations_on_top_and_beside():
             assert grouped[0].weight is grouped[0].weight
 
 
-def test_deepcopy_pickle_and_removal(x, calls):
-    _, model = twins()
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        twin.last.parametrizations.weight.original0.mul_(2)
-    with fastnorm.backend("reference"):
-        assert not torch.equal(twin(x), model(x))
-        assert calls == [("_forward", 5)] * 2
-        assert all(module in set(twin.modules()) for module, _ in group_of(twin).layers)
-        layer = copy.deepcopy(model.last)  # without the model
-        torch.testing.assert_close(layer.weight, model.last.weight)
-        with pytest.raises(RuntimeError, match="Serialization of parametrized modules"):
-            pickle.dumps(model)  # as torch's
-        expected = model(x)
-        parametrize.remove_parametrizations(model.up, "weight")
-        calls.clear()
-        torch.testing.assert_close(model(x), expected)
-        assert calls == [("_forward", 4)]
-        for module in (model.first, model.twice, model.unused, model.last):
-            fastnorm.remove_weight_norm(module)
-        torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), expected)
-    assert set(model.state_dict()) == {
-        f"{name}.{kind}" for name, _ in model.named_children() for kind in ("weight", "bias")
-    }
-
-
-def test_loads_a_checkpoint_of_the_layers_alone(x):
-    alone, grouped = twins()
-    with torch.no_grad():
-        for p in alone.parameters():
-            p.add_(0.1)
-    grouped.load_state_dict(alone.state_dict())
-    torch.testing.assert_close(grouped(x), alone(x))
-    twin = Model().requires_grad_(False)
-    twin = fastnorm.weight_norm_(twin)
-    twin.load_state_dict(alone.state_dict(), assign=True)
-    torch.testing.assert_close(twin(x), alone(x))
-
-
-def test_restore_takes_the_group_off(x):
-    model = Model(parametrizations.weight_norm)
-    hooks = [len(h) for h in (model._forward_pre_hooks, model._forward_hooks)]
-    expected = model(x)
-    fastnorm.weight_norm_(model)
-    report = fastnorm.restore_(model)
-    assert report.changed == 6
-    assert "weight norm group" in str(report)
-    assert [len(h) for h in (model._forward_pre_hooks, model._forward_hooks)] == hooks
-    assert not model._forward_hooks_always_called
-    assert type(model.last.parametrizations.weight[0]) is parametrizations._WeightNorm
-    torch.testing.assert_close(model(x), expected)
-
-
-def test_threads_have_weights_of_their_own(x):
-    _, model = twins()
-    wait, go = threading.Barrier(2, timeout=30), []
-
-    def meet(module, inputs):
-        wait.wait()  # both are in the middle of their forward
-        go.append(running.calls[-1].weights)
-
-    model.up.register_forward_pre_hook(meet)
-
-    def infer():
-        with torch.inference_mode():
-            model(x)
-
-    thread = threading.Thread(target=infer)
-    thread.start()
-    y = model(x)
-    thread.join()
-    y.sum().backward()
-    assert len(go) == 2 and go[0] is not go[1]
-
-
-def test_functional_call_and_transforms(x):
-    alone, grouped = twins()
-    values = {name: p.detach() * 1.5 for name, p in alone.named_parameters()}
-
-    def loss(model, values):
-        return torch.func.functional_call(model, values, (x,)).square().sum()
-
-    for backend in ("auto", "reference"):
-        with fastnorm.backend(backend):
-            torch.testing.assert_close(loss(grouped, values), loss(alone, values))
-            one = torch.func.grad(lambda v: loss(grouped, v))(values)
-            other = torch.func.grad(lambda v: loss(alone, v))(values)
-        for name in values:
-            torch.testing.assert_close(one[name], other[name])
-
-
-def test_initialisation_from_data_sees_what_it_changes():
-    torch.manual_seed(0)
-    alone = nn.Sequential(*(fastnorm.weight_norm(nn.Linear(6, 6)) for _ in range(3)))
-    grouped = fastnorm.weight_norm_(copy.deepcopy(alone))
-    x = torch.randn(64, 6) * 3 + 1
-    for model in (alone, grouped):
-        torch.manual_seed(1)
-        assert fastnorm.data_dependent_init_(model, x) == ["0", "1", "2"]
-    torch.testing.assert_close(grouped(x), alone(x))
-    torch.testing.assert_close(grouped(x).std(0, correction=0), torch.ones(6), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("part", ["whole", "layer"])
-def test_compiled_code_computes_each_weight_alone(backend, part, x, calls):
-    alone, grouped = twins()
-    torch.compiler.reset()
-    with fastnorm.backend(backend):
-        if part == "whole":
-            compiled = torch.compile(grouped, fullgraph=True, backend="aot_eager")
-        else:  # inside a forward that is not compiled
-            grouped.twice.compile(fullgraph=True, backend="aot_eager")
-            compiled = grouped
-        for _ in range(2):
-            for model in (alone, compiled):
-                model.zero_grad()
-                model(x).square().sum().backward()
-    assert_same_gradients(alone, grouped)
-    if part == "whole":
-        assert calls == []
-
-
-# of g where its strides are those of torch.norm_except_dim: torch's own weight norm has it too
-@pytest.mark.filterwarnings("ignore:Grad strides do not match:UserWarning")
-def test_distributed_data_parallel_leaves_unused_layers_alone(x, tmp_path):
-    import torch.distributed as dist
-
-    alone, grouped = twins()
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with fastnorm.backend("reference"):
-            for module in (alone, grouped):
-                model = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
-                for _ in range(2):
-                    model(x).square().sum().backward()
-    finally:
-        dist.destroy_process_group()
-    assert_same_gradients(alone, grouped)
-
-
 def test_empty_weights_and_tensors_that_are_not_plain():
     with pytest.warns(UserWarning, match="zero-element"):
         empty = nn.Linear(3, 0)
@@ -602,6 +376,16 @@ def test_errors():
     for wrong in (None, torch.zeros(3), nn.Linear):
         with pytest.raises(TypeError, match="weight_norm_"):
             fastnorm.weight_norm_(wrong)
+
+    class Other(parametrizations._WeightNorm):
+        def forward(self, g, v):
+            return g * v
+
+    layer = nn.Linear(3, 3)
+    parametrize.register_parametrization(layer, "weight", Other(), unsafe=True)
+    with pytest.raises(ValueError, match="no weight-normed layer that can be computed together"):
+        fastnorm.weight_norm_(layer)
+    assert not layer._forward_pre_hooks
     _, model = twins()
     model.last.parametrizations.weight.original0 = nn.Parameter(torch.ones(3, 1))
     with fastnorm.backend("reference"), pytest.raises(RuntimeError, match=r"shape \[5, 1\]"):

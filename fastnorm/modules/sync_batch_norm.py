@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fastnorm.modules import batch_norm
 from fastnorm.modules.programs import Proxy
-from fastnorm.ops.batch_norm.sync import check_group, sync_batch_norm
+from fastnorm.ops.batch_norm.collectives import check_group
+from fastnorm.ops.batch_norm.sync import sync_batch_norm
 from fastnorm.surgery.edits import Edits, apply, check_model, swap, untouchable
 
 

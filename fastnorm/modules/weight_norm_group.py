@@ -18,29 +18,24 @@ from fastnorm.surgery.edits import check_model, swap
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _PLAIN = (Tensor, nn.Parameter)
+_TORCHS = parametrizations._WeightNorm
 
 
-def _chains(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, parametrizations) of every weight-normed tensor of a module itself."""
-    if parametrize.is_parametrized(module):
-        for name, chain in module.parametrizations.items():  # type: ignore[operator, union-attr]
-            if isinstance(chain[0], parametrizations._WeightNorm):
-                yield name, chain
+def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """(module, name, parametrization) of every weight-normed tensor, ours and torch's; a subclass
+    of torch's computes something else."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for name, chain in module.parametrizations.items():  # type: ignore[operator, union-attr]
+                if isinstance(chain[0], WeightNorm) or type(chain[0]) is _TORCHS:
+                    yield module, name, chain[0]
 
 
 class Group:
-    """The hooks of a model whose weight-normed layers are computed together."""
+    """The weight-normed layers of a model, and the hooks that compute them together."""
 
-    layers: list[tuple[nn.Module, str]]
-
-    def gather(self, model: nn.Module) -> None:
-        self.layers = []
-        for module in model.modules():
-            for name, chain in _chains(module):
-                if type(chain[0]) is parametrizations._WeightNorm:
-                    swap(chain[0], WeightNorm)
-                if isinstance(chain[0], WeightNorm):
-                    self.layers.append((module, name))
+    def __init__(self) -> None:
+        self.layers: list[tuple[nn.Module, str]] = []
 
     def before(self, model: nn.Module, inputs: Any) -> None:
         if torch.compiler.is_compiling():
@@ -144,16 +139,17 @@ def weight_norm_(model: _Model) -> _Model:
     layers in fp64; up to 227 layers in a launch); the Triton and reference backends go through the
     layers one by one. Parameters, their names, state_dict and the optimizer stay as they are.
 
-    The weights exist from the beginning of ``model(...)`` until it returns or raises, so all of
-    them at once; outside of it, and where a layer's v or g has changed since, ``layer.weight``
-    computes alone, as before. A layer that a forward does not use gets no gradient (None), as in
-    torch. Gradients of all v and g come from one autograd node, when the backward pass has gone
-    through the first of the layers: **DistributedDataParallel can then no longer overlap their
-    all-reduce with the backward pass** (that of other parameters it can), and
-    ``torch.utils.checkpoint`` together with it needs ``use_reentrant=False``. Under fully sharded
-    training group each sharded unit, not the whole model: at the beginning of the model's forward
-    the layers' v and g are not there yet. Code that torch.compile compiles, torch.func, torch.jit
-    and torch.export get one weight norm for each layer, as without a group.
+    The weights exist from the beginning of ``model(...)`` until it returns or raises, all of them at
+    once. Outside of it, and where a layer's v or g has changed since, ``layer.weight`` computes
+    alone, as before; so does each layer in code that torch.compile compiles, and under torch.func,
+    torch.jit and torch.export. A layer that a forward does not use gets no gradient (None), as in
+    torch; gradient hooks on its v and g are called, with None.
+
+    The gradients of all v and g come together, when the backward pass has gone through the first
+    of the layers: **DistributedDataParallel cannot overlap their all-reduce with the backward pass
+    any more**, only that of other parameters. With it, torch.utils.checkpoint needs
+    ``use_reentrant=False``. Under fully sharded training group each sharded unit, not the whole
+    model, at the beginning of whose forward the layers' v and g are not there yet.
 
     Args:
         model: its layers have weight norm already, by :func:`fastnorm.weight_norm` or
@@ -179,12 +175,16 @@ def weight_norm_(model: _Model) -> _Model:
         torch.Size([2, 4])
     """
     check_model(model, "weight_norm_")
-    if not any(True for module in model.modules() for _ in _chains(module)):
+    layers = list(_layers(model))
+    if not layers:
         raise _nothing_to_group(model)
+    for _, _, norm in layers:
+        if type(norm) is _TORCHS:
+            swap(norm, WeightNorm)
     group = group_of(model)
     if group is None:
         group = Group()
         model.register_forward_pre_hook(group.before)
         model.register_forward_hook(group.after, always_call=True)
-    group.gather(model)
+    group.layers = [(module, name) for module, name, _ in layers]
     return model

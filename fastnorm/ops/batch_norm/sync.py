@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastnorm import dispatch, layout
@@ -19,9 +18,10 @@ from fastnorm.ops.batch_norm import (
     batch_norm,
     check_parameters,
     check_residual,
+    collectives,
 )
 from fastnorm.ops.batch_norm.composite import channelwise, composite, finish
-from fastnorm.ops.registry import differentiable_backward, register
+from fastnorm.ops.registry import apply, differentiable_backward, register
 
 # the outputs, and what an op of synchronisation looks like to torch
 
@@ -77,72 +77,15 @@ _apply = register(
 )
 
 
-# the two collectives
-
-
-def _unserved(tensor: Tensor, group: str) -> str | None:
-    """Why a process group cannot carry a tensor; None where that is not what failed."""
-    members = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type, attr-defined]
-    try:
-        members._get_backend(tensor.device)
-    except RuntimeError:
-        return (
-            f"synchronised batch norm: the process group ({dist.get_backend_config(members)}) has "
-            f"no backend for tensors on {tensor.device.type}: init_process_group('gloo') serves "
-            "the CPU, 'nccl' CUDA, 'cpu:gloo,cuda:nccl' both"
-        )
-    return None
-
-
-def _communicate(collective: str, tensor: Tensor, *arguments: Any) -> Tensor:
-    """A functional collective, waited for; ``arguments`` ends with the name of the group.
-
-    The operators behind torch.distributed._functional_collectives: torch.compile keeps them in its
-    graph, and they have the same names in every version of torch that is supported.
-    """
-    collectives = torch.ops._c10d_functional
-    start = getattr(collectives, collective)
-    if torch.compiler.is_compiling():
-        found: Tensor = collectives.wait_tensor(start(tensor, *arguments))
-        return found
-    try:
-        found = collectives.wait_tensor(start(tensor, *arguments))
-    except RuntimeError as error:
-        reason = _unserved(tensor, arguments[-1])
-        if reason is None:
-            raise
-        raise RuntimeError(reason) from error
-    return found
-
-
-class _AllReduce(torch.autograd.Function):
-    """A sum over all processes that can be differentiated any number of times."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return _communicate("all_reduce", x, "sum", group)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return _AllReduce.apply(dy.contiguous(), ctx.group), None  # type: ignore[no-untyped-call]
-
-
 def _composite(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    count: Tensor,
-    eps: float,
-    activation: str,
-    group: str,
-) -> Tensor:
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    count: Tensor, eps: float, activation: str, group: str,
+) -> Tensor:  # fmt: skip
     """The differentiable whole from plain torch lines."""
     v, dims = wide(x), [0, *range(2, x.dim())]
-    mean = _AllReduce.apply(v.sum(dims), group) / count  # type: ignore[no-untyped-call]
+    mean = collectives.AllReduce.apply(v.sum(dims), group) / count  # type: ignore[no-untyped-call]
     squares = (v - channelwise(mean, x)).square().sum(dims)
-    var = _AllReduce.apply(squares, group) / count  # type: ignore[no-untyped-call]
+    var = collectives.AllReduce.apply(squares, group) / count  # type: ignore[no-untyped-call]
     rstd = torch.rsqrt(var + eps)
     return composite(x, residual, weight, bias, mean, rstd, eps, activation)
 
@@ -168,7 +111,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
     ) -> Tensor:
         empty = x.numel() == 0  # such a process still has to take part in the collectives
         statistics = _statistics_output(x).zero_() if empty else _statistics(x)
-        gathered = _communicate("all_gather_into_tensor", statistics, ranks, group)
+        gathered = collectives.communicate("all_gather_into_tensor", statistics, ranks, group)
         mean, var, count = _merge(
             gathered.view(ranks, -1), running_mean, running_var, num_batches_tracked, momentum
         )
@@ -218,14 +161,14 @@ def _gradients(
     needs_dx, needs_dweight, needs_dbias, needs_dresidual = needs
     if x.numel() == 0:
         if needs_dx:
-            _communicate("all_reduce", mean.new_zeros(2 * x.size(1)), "sum", group)
+            collectives.communicate("all_reduce", mean.new_zeros(2 * x.size(1)), "sum", group)
         outputs = _backward_outputs(*given, False, activation, needs)
         return tuple(None if t is None else t.zero_() for t in outputs)
     if not needs_dx:
         none: Gradients = (None,) * 4
         return _backward(*given, False, activation, needs) if any(needs) else none
     sum_dz, sum_dz_x_hat = _reduce(*given, activation)
-    sums = _communicate("all_reduce", torch.cat([sum_dz, sum_dz_x_hat]), "sum", group)
+    sums = collectives.communicate("all_reduce", torch.cat([sum_dz, sum_dz_x_hat]), "sum", group)
     dx, dresidual = _apply(*given, sums, count, activation, needs_dresidual)
     return (
         dx,
@@ -233,34 +176,6 @@ def _gradients(
         sum_dz.to(bias.dtype) if needs_dbias else None,
         dresidual,
     )
-
-
-def check_group(process_group: Any) -> None:
-    """TypeError unless this is a process group, or what new_group gives to a process outside it."""
-    if process_group is None or not dist.is_available():
-        return
-    outside = dist.GroupMember.NON_GROUP_MEMBER
-    if not (isinstance(process_group, dist.ProcessGroup) or process_group is outside):
-        raise TypeError(
-            "process_group must be a torch.distributed.ProcessGroup or None, got "
-            f"{type(process_group).__name__}: make one with torch.distributed.new_group(ranks)"
-        )
-
-
-def _members(process_group: Any) -> tuple[int, str] | None:
-    """(processes, name) of a group, the whole world's for None; None where there is nobody to ask:
-    no group was initialised, it has one process, this process is outside it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        if process_group is not None:
-            raise RuntimeError(
-                "synchronised batch norm: its process_group does not exist any more, because "
-                "torch.distributed is not initialised: call init_process_group and set a group "
-                "made since then, or set process_group to None for batch norm in one process"
-            )
-        return None
-    group: Any = dist.group.WORLD if process_group is None else process_group
-    ranks = dist.get_world_size(group)
-    return (ranks, group.group_name) if ranks > 1 else None
 
 
 def _check(
@@ -352,26 +267,18 @@ def sync_batch_norm(
                 [1.0000, 1.0000]])
     """
     if not torch.compiler.is_compiling():
-        check_group(process_group)
-    members = _members(process_group)
+        collectives.check_group(process_group)
+    members = collectives.members(process_group)
     if members is None:
         return batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            True,
-            momentum,
-            eps,
-            num_batches_tracked=num_batches_tracked,
-            activation=activation,
-            residual=residual,
-        )
+            input, running_mean, running_var, weight, bias, True, momentum, eps,
+            num_batches_tracked=num_batches_tracked, activation=activation, residual=residual,
+        )  # fmt: skip
     name = check_name(activation)
     inside = residual is None or check_residual(input, residual)
     _check(input, running_mean, running_var, eps, weight=weight, bias=bias)
-    y: Tensor = SyncBatchNormFunction.apply(  # type: ignore[no-untyped-call]
+    y: Tensor = apply(
+        SyncBatchNormFunction,
         layout.to_planes(input),
         layout.match(residual, layout.planes_like(input))
         if inside and residual is not None

@@ -39,7 +39,8 @@ def norm_shape(v: Tensor, dim: int | None) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _check(v: Tensor, g: Tensor, dim: int | None) -> None:
+def check(v: Tensor, g: Tensor, dim: int | None) -> None:
+    """The errors of a v and g that do not fit; dim is normalised."""
     if not (v.is_floating_point() and g.is_floating_point()):
         wrong = g.dtype if v.is_floating_point() else v.dtype
         raise NotImplementedError(
@@ -185,7 +186,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0, eps: float | None = N
         tensor([[6., 8.]])
     """
     dim = normalized_dim(v.dim(), dim)
-    _check(v, g, dim)
+    check(v, g, dim)
     if eps is not None and not eps > 0:
         raise ValueError(
             f"expected a positive eps, or None for no lower bound of the norm; got {eps}"

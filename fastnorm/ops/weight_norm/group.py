@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastnorm import dispatch
 from fastnorm.ops.registry import apply, differentiable_backward, register
-from fastnorm.ops.weight_norm import _check, normalized_dim, reference, weight_norm
+from fastnorm.ops.weight_norm import check, normalized_dim, reference, weight_norm
 
 # the outputs, and what the ops look like to torch
 
@@ -112,6 +113,23 @@ class WeightNormGroupFunction(torch.autograd.Function):
         return None, None, *gradients
 
 
+@functools.lru_cache(maxsize=4096)
+def _checked(
+    v_shape: torch.Size,
+    g_shape: torch.Size,
+    v_dtype: torch.dtype,
+    g_dtype: torch.dtype,
+    dim: int | None,
+) -> tuple[int, torch.dtype]:
+    """What sizes and dtypes decide, once they are found right: dim as the op takes it, and the type
+    of computation."""
+    v = torch.empty(v_shape, dtype=v_dtype, device="meta")
+    g = torch.empty(g_shape, dtype=g_dtype, device="meta")
+    own = normalized_dim(v.dim(), dim)
+    check(v, g, own)
+    return reference.WHOLE if own is None else own, reference.wide(reference.promoted(v, g))
+
+
 def weight_norm_group(
     v: Sequence[Tensor],
     g: Sequence[Tensor],
@@ -124,27 +142,26 @@ def weight_norm_group(
     function does. Layers that are computed in fp64 and those in fp32 make two calls.
     """
     found: dict[int, Tensor] = {}
-    groups: dict[torch.dtype, list[int]] = {}
-    for i, x in enumerate(v):
+    groups: dict[torch.dtype, list[tuple[int, int]]] = {}  # of (layer, its dim)
+    for i, (x, scale) in enumerate(zip(v, g, strict=True)):
         if x.numel() == 0:
-            found[i] = weight_norm(x, g[i], dim[i], eps[i])
+            found[i] = weight_norm(x, scale, dim[i], eps[i])
         else:
-            groups.setdefault(reference.wide(reference.promoted(x, g[i])), []).append(i)
+            own, wide = _checked(x.shape, scale.shape, x.dtype, scale.dtype, dim[i])
+            groups.setdefault(wide, []).append((i, own))
     for members in groups.values():
-        if _each_alone([v[i] for i in members]):
-            found |= {i: weight_norm(v[i], g[i], dim[i], eps[i]) for i in members}
+        indices, dims = map(list, zip(*members, strict=True))
+        if _each_alone([v[i] for i in indices]):
+            found |= {i: weight_norm(v[i], g[i], dim[i], eps[i]) for i in indices}
             continue
-        dims = [normalized_dim(v[i].dim(), dim[i]) for i in members]
-        for i, own in zip(members, dims, strict=True):
-            _check(v[i], g[i], own)
         every = apply(
             WeightNormGroupFunction,
-            [reference.WHOLE if own is None else own for own in dims],
-            [eps[i] or 0.0 for i in members],
-            *(v[i].contiguous() for i in members),
-            *(g[i].contiguous() for i in members),
+            dims,
+            [eps[i] or 0.0 for i in indices],
+            *[v[i].contiguous() for i in indices],
+            *[g[i].contiguous() for i in indices],
         )
-        found |= dict(zip(members, every, strict=True))
+        found |= dict(zip(indices, every, strict=True))
     return [found[i] for i in range(len(v))]
 
 
