@@ -128,7 +128,7 @@ fi
 
 suites=${FASTNORM_SUITES:-ops,models,host,kernelbench}
 device=cuda
-reserve=15 # to start, to end, and for the summary
+reserve=20 # to start, to end, and for the summary
 remaining=$(($(left) - reserve))
 if [ -n "$dry" ]; then
     suites=quick device=cpu
@@ -138,7 +138,7 @@ if [ $remaining -lt 5 ]; then
     echo "== suite: no time left for it"
     failed+=(suite)
 else
-    step suite $((remaining + reserve - 3)) "$python" -m benchmarks run --suite "$suites" --device $device \
+    step suite $(($(left) - 3)) "$python" -m benchmarks run --suite "$suites" --device $device \
         --budget $remaining --out "$out/results.json" ${dry:+--note "a dry run, which measures nothing"}
     "$python" -m benchmarks.summary "$out/results.json" 2>&1 | tee "$out/summary.txt"
 fi

@@ -35,7 +35,7 @@ def parts_of_every_size(rank: int, ranks: int) -> None:
 def inputs_of_every_dimension(rank: int, ranks: int) -> None:
     for shape in ((5,), (5, 6), (5, 2, 3, 2)):
         compare(rank, ranks, shape=shape)
-    compare(rank, ranks, "even", shape=(70, 1))  # more than one block of channels
+    compare(rank, ranks, "even", shape=(130, 1))  # more than one block of channels
 
 
 @every
