@@ -221,7 +221,7 @@ cudaError_t Planner::stream() {
     if (p.last && !forced()) cut(power_of_two(divide_up(p.shape.C, vector), kWidest / vector));
     // half of the resident blocks share a group: the other half wants one too
     while (p.last && !forced() && p.columns > 1 && p.groups < 2) cut(p.columns / 2);
-    take_memory(most_held(2, true), true);
+    take_memory(most_held(share(), true), true);
     int blocks = 0;
     FASTNORM_TRY(resident(&blocks));
     const long most = blocks > 1 ? blocks / 2 : 1;

@@ -16,6 +16,7 @@ from fastnorm.ops import batch_norm as family
 from fastnorm.ops import launch
 from fastnorm.ops.activation import NAMES
 from fastnorm.ops.batch_norm import sync
+from tests.batch_norm_twins import _on_the_device  # noqa: F401  (a fixture of every test)
 from tests.compare import FLOOR, relative_error
 from tests.conftest import AVAILABLE
 
