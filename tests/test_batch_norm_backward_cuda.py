@@ -117,6 +117,17 @@ def check(op: Callable[..., Any], tensors: list[Any], *settings: Any) -> None:
             assert f is None or torch.equal(f, again), f"other bits under schedule {seed}"
 
 
+def test_each_form_is_tested_as_what_it_is(form: str) -> None:
+    from fastnorm.ops.batch_norm import cuda
+    from fastnorm.ops.extension import extension
+
+    x = LAYOUTS["nchw"]()
+    cut = cuda.plan(x, x, "silu", True, False, 3, 0)
+    assert extension().BATCH_NORM_FORMS[cut.form] == form
+    assert (cut.members > 1) == (form != "owner"), "blocks share a group"
+    assert (cut.held < cut.batches) == (form != "hold"), "some of a tile is read twice"
+
+
 @pytest.mark.parametrize("activation", ["identity", "silu", "mish"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_training(form: str, name: str, activation: str) -> None:
