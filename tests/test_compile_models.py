@@ -17,7 +17,8 @@ pytest.importorskip("transformers", reason="the models are transformers'")
 
 from tests import test_models as models
 
-pytestmark = torch_warns
+# Dynamo looks at gradients of tensors that are no leaves
+pytestmark = [torch_warns, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,11 @@ def test_three_compiled_steps_give_the_numbers_of_the_untouched_model(make: Any)
     expected, expected_gradients = models.three_steps(twin, inputs, reference)
     models.assert_close(losses, expected, "loss")
     for name, value in expected_gradients.items():
-        models.assert_close(gradients[f"_orig_mod.{name}"], value, f"gradient of {name}")
+        found = gradients[f"_orig_mod.{name}"]
+        if value is None:  # of an output that the loss does not use: zero, in compiled code
+            assert found is None or not found.any(), name
+        else:
+            models.assert_close(found, value, f"gradient of {name}")
     for name, value in twin.state_dict().items():
         models.assert_close(model.state_dict()[name], value, name)
     with torch.no_grad(), fastnorm.backend("reference"):
