@@ -232,3 +232,26 @@ def test_distributed_data_parallel_leaves_unused_layers_alone(x, tmp_path):
     finally:
         dist.destroy_process_group()
     assert_same_gradients(alone, grouped)
+
+
+@pytest.mark.parametrize("backend", ["auto", *AVAILABLE])
+def test_a_vocoder(backend, calls):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SpeechT5HifiGanConfig(
+        model_in_dim=8,
+        upsample_initial_channel=32,
+        upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4],
+        resblock_kernel_sizes=[3, 5],
+        resblock_dilation_sizes=[[1, 3], [1, 3]],
+    )
+    alone = transformers.SpeechT5HifiGan(config)
+    alone.apply_weight_norm()
+    grouped = fastnorm.weight_norm_(copy.deepcopy(alone))
+    x = torch.randn(1, 4, 8)
+    with fastnorm.backend(backend):
+        for model in (alone, grouped):
+            model(x).square().sum().backward()
+    assert_same_gradients(alone, grouped)
+    if backend != "auto":
+        assert calls == [("_forward", 20), ("_backward", 20)]
