@@ -39,7 +39,9 @@ def test_three_compiled_steps_give_the_numbers_of_the_untouched_model(make: Any)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     assert fastnorm.replace_(model).changed > 0
     fastnorm.fuse_(model)
-    compiled = torch.compile(model, backend="inductor")
+    # wav2vec2 sets requires_grad of an activation in its forward, which breaks any graph
+    whole = make is not models.wav2vec2
+    compiled = torch.compile(model, fullgraph=whole, backend="inductor")
     with fastnorm.backend("reference"):  # ours behind the op, as a kernel would be
         losses, gradients = models.three_steps(compiled, inputs, optimizer)
     reference = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9)
