@@ -1,5 +1,5 @@
 """``python -m benchmarks run`` measures, ``report`` shows it, ``compare`` tells two runs apart,
-``tune`` times the candidates of one op against each other."""
+``tune`` times the candidates of one op against each other, ``train`` compares whole trainings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command, report, suites, tune
+from benchmarks import command, report, suites, training, tune
 from benchmarks.ops import OPS
 from benchmarks.problems import DTYPES
 from benchmarks.providers import PROVIDERS
@@ -91,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(commands)
     report.register(commands)
     tune.register(commands, seconds)
+    training.register(commands, several)
     return made
 
 
