@@ -1,5 +1,5 @@
 """``python -m benchmarks run`` measures, ``report`` shows it, ``compare`` tells two runs apart,
-``tune`` times the candidates of one op against each other."""
+``tune`` times the candidates of one op against each other, ``train`` compares whole trainings."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks import command, report, suites, tune
+from benchmarks import command, report, suites, training, tune
 from benchmarks.ops import OPS
 from benchmarks.problems import DTYPES
 from benchmarks.providers import PROVIDERS
 
 
 def several(choices: Sequence[str]) -> Callable[[str], list[str]]:
-    """A type for argparse: names with commas between them, each one of the choices."""
+    """A type for argparse: a name or names with commas between them, each one of the choices."""
 
     def parse(given: str) -> list[str]:
         names = [name.strip() for name in given.split(",") if name.strip()]
@@ -23,11 +24,18 @@ def several(choices: Sequence[str]) -> Callable[[str], list[str]]:
         if unknown or not names:
             raise argparse.ArgumentTypeError(
                 f"unknown {', '.join(map(repr, unknown)) or repr(given)}: choose from "
-                f"{', '.join(choices)} (several with commas between them)"
+                f"{', '.join(choices)} (several with commas or spaces between them)"
             )
         return names
 
     return parse
+
+
+class Flat(argparse.Action):
+    """One list of what several arguments were parsed to."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, [name for names in values for name in names])
 
 
 def seconds(given: str) -> float:
@@ -46,7 +54,10 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
     def names(option: str, choices: Sequence[str], default: list[str] | None) -> None:
         told = f"{', '.join(choices)}; default {', '.join(default) if default else 'all'}"
-        run.add_argument(option, type=several(choices), default=default, metavar="NAMES", help=told)
+        run.add_argument(
+            option, type=several(choices), nargs="+", action=Flat, default=default,
+            metavar="NAME", help=told,
+        )  # fmt: skip
 
     names("--suite", suites.NAMES, ["quick"])
     names("--op", (*OPS, "model"), None)
@@ -80,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(commands)
     report.register(commands)
     tune.register(commands, seconds)
+    training.register(commands, several)
     return made
 
 

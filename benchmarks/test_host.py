@@ -1,6 +1,8 @@
-"""Host time of a call, ours beside torch's: on a CPU, `auto` may cost 5 us more. `make bench`."""
+"""Host time of a call, ours beside torch's: on a CPU, `auto` may cost 5 us more. And the
+Python part of the CUDA backend, its launches stubbed out: benchmarks/host.py has the limits.
+`make bench`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnorm.functional as ours
+from benchmarks import host
 
 X = torch.randn(2, 8, 4, 4)
 PARAMETER = torch.ones(8, requires_grad=True)
@@ -38,3 +41,21 @@ def test_host_time(
 ) -> None:
     theirs, mine = CALLS[name]
     torch.testing.assert_close(benchmark(mine if provider == "fastnorm" else theirs), theirs())
+
+
+@pytest.fixture
+def stubbed() -> Iterator[None]:
+    with host.launches_stubbed_out():
+        yield
+
+
+@pytest.mark.parametrize("provider", ["torch", "fastnorm"])
+@pytest.mark.parametrize("layer", host.LAYERS, ids=lambda layer: f"{layer.op}-{layer.variant}")
+def test_host_time_of_the_cuda_path(
+    benchmark: Callable[[Callable[[], Tensor]], Tensor],
+    layer: host.Layer,
+    provider: str,
+    stubbed: None,
+) -> None:
+    call = host.call_of(layer.ours if provider == "fastnorm" else layer.torchs, layer.shape)
+    assert benchmark(call).requires_grad

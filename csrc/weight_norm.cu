@@ -142,18 +142,19 @@ bool enter(Entry& entry, const WeightNormLayer& layer, int processors, Filling& 
 
 WeightNormWorkspace weight_norm_workspace(const WeightNormSizes* sizes, int count, int processors) {
     using namespace weight_norm_kernels;
-    WeightNormWorkspace most = {0, 0};
-    for (const bool aligned : {false, true}) {  // as their addresses will turn out
-        WeightNormWorkspace used = {0, 0};
-        for (int i = 0; i < count; ++i) {
+    WeightNormWorkspace all = {0, 0};
+    for (int i = 0; i < count; ++i) {
+        const WeightNormWorkspace before = all;
+        for (const bool aligned : {false, true}) {  // as its addresses will turn out
+            WeightNormWorkspace used = before;
             WeightNormSizes s = sizes[i];
             Cut cut = cut_of(s, aligned, processors);
             reserve(s, cut, used);
+            if (used.partials > all.partials) all.partials = used.partials;
+            if (used.counters > all.counters) all.counters = used.counters;
         }
-        if (used.partials > most.partials) most.partials = used.partials;
-        if (used.counters > most.counters) most.counters = used.counters;
     }
-    return most;
+    return all;
 }
 
 cudaError_t weight_norm_forward(const WeightNorm& a, cudaStream_t stream) {

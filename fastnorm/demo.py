@@ -33,7 +33,7 @@ class Missing(Exception):
 
 
 class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, activation: type[nn.Module]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
@@ -44,25 +44,27 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
             )
+        self.activation = activation()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y = self.activation(self.bn1(self.conv1(x)))
+        result: Tensor = self.activation(self.bn2(self.conv2(y)) + self.shortcut(x))
+        return result
 
 
-def own_resnet() -> nn.Module:
+def own_resnet(width: int = 32, activation: type[nn.Module] = nn.ReLU) -> nn.Module:
     """A ResNet of ten layers, for machines with neither torchvision nor transformers."""
     return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1, bias=False),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        _Block(32, 32, 1),
-        _Block(32, 64, 2),
-        _Block(64, 128, 2),
-        _Block(128, 256, 2),
+        nn.Conv2d(3, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        activation(),
+        _Block(width, width, 1, activation),
+        _Block(width, 2 * width, 2, activation),
+        _Block(2 * width, 4 * width, 2, activation),
+        _Block(4 * width, 8 * width, 2, activation),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(256, 10),
+        nn.Linear(8 * width, 10),
     )
 
 

@@ -83,6 +83,8 @@ def planes(x: Tensor) -> Tensor | None:
         return x.unsqueeze(2)
     if x.dim() == 3:
         return x
+    if x.is_contiguous() or channels_last(x):
+        return x.flatten(2)
     size, stride = 1, 0
     for n, step in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
         if n == 1:

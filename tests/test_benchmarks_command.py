@@ -130,9 +130,9 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_jobs_of_the_filters() -> None:
-    chosen = parser().parse_args(["run", "--op", "layer_norm", "--providers", "torch,fastnorm"])
-    jobs = command.jobs_of(chosen, "cpu")
-    assert {job.family for job in jobs} == {"layer_norm"}
+    options = ["--op", "layer_norm", "weight_norm", "--providers", "torch,fastnorm"]
+    jobs = command.jobs_of(parser().parse_args(["run", *options]), "cpu")
+    assert {job.family for job in jobs} == {"layer_norm", "weight_norm"}
     assert {job.provider_name for job in jobs} == {"torch", "fastnorm"}
 
 

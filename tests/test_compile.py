@@ -18,11 +18,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastnorm
+from tests.conftest import AVAILABLE
 from tests.layers import (
     LAYERS,
     assert_same,
     every_layer,
-    everywhere,
     make_input,
     make_layer,
     step,
@@ -96,7 +96,9 @@ def assert_every_layer_compiles(compiler: str, dynamic: bool, device: str = "cpu
             assert_same(step(compiled, every, *inputs), step(twin, twin, *inputs))
 
 
-@everywhere
+@pytest.mark.parametrize(
+    "backend", ["auto", *(name for name in AVAILABLE if name != "reference")], indirect=True
+)
 def test_every_backend(backend: str, device: str) -> None:
     assert_every_layer_compiles("aot_eager", True, device)
 

@@ -17,7 +17,8 @@ pytest.importorskip("transformers", reason="the models are transformers'")
 
 from tests import test_models as models
 
-pytestmark = torch_warns
+# Dynamo looks at gradients of tensors that are no leaves
+pytestmark = [torch_warns, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +39,20 @@ def test_three_compiled_steps_give_the_numbers_of_the_untouched_model(make: Any)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     assert fastnorm.replace_(model).changed > 0
     fastnorm.fuse_(model)
-    compiled = torch.compile(model, backend="inductor")
+    # wav2vec2 sets requires_grad of an activation in its forward, which breaks any graph
+    whole = make is not models.wav2vec2
+    compiled = torch.compile(model, fullgraph=whole, backend="inductor")
     with fastnorm.backend("reference"):  # ours behind the op, as a kernel would be
         losses, gradients = models.three_steps(compiled, inputs, optimizer)
     reference = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9)
     expected, expected_gradients = models.three_steps(twin, inputs, reference)
     models.assert_close(losses, expected, "loss")
     for name, value in expected_gradients.items():
-        models.assert_close(gradients[f"_orig_mod.{name}"], value, f"gradient of {name}")
+        found = gradients[f"_orig_mod.{name}"]
+        if value is None:  # of an output that the loss does not use: zero, in compiled code
+            assert found is None or not found.any(), name
+        else:
+            models.assert_close(found, value, f"gradient of {name}")
     for name, value in twin.state_dict().items():
         models.assert_close(model.state_dict()[name], value, name)
     with torch.no_grad(), fastnorm.backend("reference"):

@@ -1,11 +1,12 @@
-"""What else stands around a layer: opcheck, copies and files, averaging, other packages' layers,
-determinism, profilers."""
+"""What else stands around a layer: opcheck, profilers, copies and files, averaging, determinism."""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import fastnorm
 from fastnorm.ops.registry import LIBRARY
@@ -42,7 +44,7 @@ class Record(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op.namespace == "fastnorm":
-            kept = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
+            kept = tree_map_only(Tensor, lambda a: a.detach().clone(), args)
             self.calls.append((op, kept))
         return op(*args, **(kwargs or {}))
 
@@ -75,6 +77,9 @@ def test_opcheck_of_every_op(backend: str, device: str) -> None:
             layer = make_layer(name, device)
             step(layer, layer, make_input(name, device=device))
         fastnorm.functional.silu(torch.randn(3, 4, device=device), inplace=True)
+        both = nn.Sequential(make_layer("weight_norm"), nn.Linear(6, 4)).to(device, torch.float64)
+        fastnorm.weight_norm(both[1])
+        step(fastnorm.weight_norm_(both), both, make_input("weight_norm", device=device))
     x = make_input("batch_norm_2d", device=device).detach()
     calls = record.calls + calls_of_synchronised_batch_norm(x)
     for op, arguments in calls:
@@ -139,12 +144,19 @@ def test_from_the_meta_device(name: str, assign: bool, backend: str, device: str
 @everywhere
 @every_layer
 def test_shapes_on_the_meta_device(name: str, backend: str) -> None:
-    if (name, backend) == ("batch_norm_cumulative", "auto"):
-        pytest.skip("torch's own layer reads the count of batches, which has no value there")
     layer, x = make_layer(name), make_input(name)
     y = layer(x)
     on_meta = layer.to("meta")(x.detach().to("meta"))
     assert (on_meta.shape, on_meta.dtype, on_meta.is_meta) == (y.shape, y.dtype, True)
+
+
+def test_the_page_about_all_this_names_tests_that_are_there() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "compatibility.md").read_text()
+    named = set(re.findall(r"`((?:tests|benchmarks)/\w+\.py)`", page))
+    assert len(named) > 10
+    assert not [path for path in named if not (root / path).exists()]
+    assert "docs/compatibility.md" in (root / "README.md").read_text()
 
 
 # weight averaging, folding of convolutions

@@ -12,11 +12,8 @@ from fastnorm import functional
 from fastnorm.ops.batch_norm import collectives
 from tests.cases import CASES, Case
 from tests.compare import assert_as_good_as_torch
-from tests.conftest import AVAILABLE
-from tests.distributed_sync import has_ops
 from tests.test_registry import HoldToFake
 
-BACKENDS = list(filter(has_ops, AVAILABLE))
 TABLE = [
     pytest.param(case, dtype, id=f"{case.name}-{str(dtype).removeprefix('torch.')}")
     for case in CASES
@@ -46,7 +43,6 @@ def _beside_an_empty_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 # numpy's, of the infinities that the interpreter computes with
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.usefixtures("_beside_an_empty_rank")
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize(("case", "dtype"), TABLE)
 def test_case_of_batch_norm(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
     tensors = {
@@ -59,7 +55,6 @@ def test_case_of_batch_norm(case: Case, dtype: torch.dtype, backend: str, device
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from opcheck
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_real_outputs_are_as_the_fake_says(backend: str, dtype: torch.dtype, device: str) -> None:
     ops, wide = torch.ops.fastnorm, torch.float64 if dtype == torch.float64 else torch.float32

@@ -196,3 +196,15 @@ def test_a_list_of_another_length_is_refused():
     plan = extension().WeightNormPlan([(1, 2, 3, 0.0, 0, 0, 0)], 2)
     with pytest.raises(ValueError, match="one address per layer"):
         extension().weight_norm_forward(plan, [], [1], [1], [1], 0, 0, 0)
+
+
+def test_workspace_for_any_mixture_of_aligned_and_misaligned_layers():
+    more_if_misaligned, more_if_aligned = (2704, 28, 6), (986, 40, 9)
+
+    def plan(*sizes):
+        return extension().WeightNormPlan([(*size, 0.0, 0, 0, 0) for size in sizes], 16)
+
+    both = plan(more_if_misaligned, more_if_aligned)
+    each = [plan(size) for size in (more_if_misaligned, more_if_aligned)]
+    assert both.partials == sum(x.partials for x in each)
+    assert both.counters == sum(x.counters for x in each) - 1  # one ticket for all

@@ -8,7 +8,9 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -216,19 +218,66 @@ def test_exported_and_traced_programs_hold_torchs_operators(backend, x):
         torch.testing.assert_close(traced(x), alone(x))
 
 
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 # of g where its strides are those of torch.norm_except_dim: torch's own weight norm has it too
 @pytest.mark.filterwarnings("ignore:Grad strides do not match:UserWarning")
-def test_distributed_data_parallel_leaves_unused_layers_alone(x, tmp_path):
-    import torch.distributed as dist
-
+@pytest.mark.usefixtures("one_rank")
+def test_distributed_data_parallel_leaves_unused_layers_alone(x):
     alone, grouped = twins()
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with fastnorm.backend("reference"):
-            for module in (alone, grouped):
-                model = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
-                for _ in range(2):
-                    model(x).square().sum().backward()
-    finally:
-        dist.destroy_process_group()
+    with fastnorm.backend("reference"):
+        for module in (alone, grouped):
+            model = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+            for _ in range(2):
+                model(x).square().sum().backward()
     assert_same_gradients(alone, grouped)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("grouped", ["units", "model"])
+def test_fully_sharded_units_are_grouped_each(grouped, calls):
+    alone = nn.Sequential(
+        *(nn.Sequential(*(fastnorm.weight_norm(nn.Linear(4, 4)) for _ in "ab")) for _ in "ab")
+    )
+    model = copy.deepcopy(alone)
+    for part in model if grouped == "units" else [model]:
+        fastnorm.weight_norm_(part)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for part in (*model, model):
+        fully_shard(part, mesh=mesh)
+    with fastnorm.backend("reference"):
+        for m in (alone, model):
+            m(torch.ones(2, 4)).square().sum().backward()
+    # when the whole model's forward begins, the parameters are sharded: each layer does it alone
+    forwards = [count for op, count in calls if op == "_forward"]
+    assert forwards == ([2, 2] if grouped == "units" else [])
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+
+
+@pytest.mark.parametrize("backend", ["auto", *AVAILABLE])
+def test_a_vocoder(backend, calls):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SpeechT5HifiGanConfig(
+        model_in_dim=8,
+        upsample_initial_channel=32,
+        upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4],
+        resblock_kernel_sizes=[3, 5],
+        resblock_dilation_sizes=[[1, 3], [1, 3]],
+    )
+    alone = transformers.SpeechT5HifiGan(config)
+    alone.apply_weight_norm()
+    grouped = fastnorm.weight_norm_(copy.deepcopy(alone))
+    x = torch.randn(1, 4, 8)
+    with fastnorm.backend(backend):
+        for model in (alone, grouped):
+            model(x).square().sum().backward()
+    assert_same_gradients(alone, grouped)
+    if backend != "auto":
+        assert calls == [("_forward", 20), ("_backward", 20)]

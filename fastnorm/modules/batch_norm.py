@@ -11,7 +11,7 @@ from fastnorm import dispatch
 from fastnorm.modules.attributes import read
 from fastnorm.modules.programs import Proxy, Scriptable, leaf
 from fastnorm.ops.activation import check_name
-from fastnorm.ops.batch_norm import batch_norm, mean_only_batch_norm
+from fastnorm.ops.batch_norm import batch_norm, mean_only_batch_norm, torch_waits
 
 
 def _statistics(module: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
@@ -57,7 +57,7 @@ class _BatchNorm(Scriptable, torch.nn.modules.batchnorm._BatchNorm):
             return leaf(self, input, residual)
         if residual is None and self.activation is None and dispatch.native("batch_norm", input):
             weight, mean = self.weight, self.running_mean
-            if not (self.momentum is None and torch.compiler.is_compiling()) and (
+            if not torch_waits(input, self.momentum) and (
                 weight is None or mean is None or weight.dtype is mean.dtype
             ):
                 return super().forward(input)

@@ -139,8 +139,8 @@ def weight_norm_(model: _Model) -> _Model:
     layers in fp64; up to 227 layers in a launch); the Triton and reference backends go through the
     layers one by one. Parameters, their names, state_dict and the optimizer stay as they are.
 
-    The weights exist from the beginning of ``model(...)`` until it returns or raises, all of them at
-    once. Outside of it, and where a layer's v or g has changed since, ``layer.weight`` computes
+    The weights exist from the beginning of ``model(...)`` until it returns or raises, all of them
+    at once. Outside of it, and where a layer's v or g has changed since, ``layer.weight`` computes
     alone, as before; so does each layer in code that torch.compile compiles, and under torch.func,
     torch.jit and torch.export. A layer that a forward does not use gets no gradient (None), as in
     torch; gradient hooks on its v and g are called, with None.

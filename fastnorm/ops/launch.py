@@ -8,6 +8,8 @@ import struct
 import torch
 from torch import Tensor
 
+from fastnorm.ops.extension import stream
+
 # The interpreter runs programs one after the other, about 5 ms each: a device of two processors
 # keeps grids small.
 INTERPRETER_PROCESSORS = 2
@@ -36,9 +38,7 @@ def counters(x: Tensor, size: int) -> Tensor:
     """
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return torch.zeros(size, dtype=torch.int32, device=x.device)
-    key = (
-        (x.device.index, torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else (-1, 0)
-    )
+    key = (x.get_device(), stream(x))
     arena = _arenas.get(key)
     if arena is None or arena.numel() < size:
         arena = _arenas[key] = torch.zeros(max(size, 4096), dtype=torch.int32, device=x.device)

@@ -185,6 +185,10 @@ def _activation(input: Tensor, name: str, inplace: bool = False) -> Tensor:
         # of a copy: what torch's functions save for backward must not be overwritten
         copied = torch.is_grad_enabled() and input.requires_grad
         return input.copy_(reference.ACTIVATIONS[name].value(input.clone() if copied else input))
+    return _by_our_op(input, name, inplace)
+
+
+def _by_our_op(input: Tensor, name: str, inplace: bool) -> Tensor:
     _check_dtype(input, name)
     # copied outside the Function, where autograd sees it: what a Function saves must be what it was
     # given
@@ -258,7 +262,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if dispatch.native("activation", input):
         return torch.nn.functional.silu(input, inplace)
-    return _activation(input, "silu", inplace)
+    return _by_our_op(input, "silu", inplace)
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -289,7 +293,7 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if dispatch.native("activation", input):
         return torch.nn.functional.selu(input, inplace)
-    return _activation(input, "selu", inplace)
+    return _by_our_op(input, "selu", inplace)
 
 
 def swish(input: Tensor, beta: Tensor | float = 1.0) -> Tensor:

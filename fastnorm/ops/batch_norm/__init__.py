@@ -237,6 +237,12 @@ def check_parameters(x: Tensor, **parameters: Tensor | None) -> None:
             )
 
 
+def torch_waits(x: Tensor, momentum: float | None) -> bool:
+    """Whether torch's own layer would read the count of batches from a device, which waits for it
+    and breaks a graph."""
+    return momentum is None and (torch.compiler.is_compiling() or not x.is_cpu)
+
+
 def check_residual(x: Tensor, residual: Tensor | None) -> bool:
     """Whether the residual can be added inside the kernel; torch's own error where it cannot be
     added at all."""
@@ -315,9 +321,8 @@ def batch_norm(
     """
     name = check_name(activation)
     inside = residual is None or check_residual(input, residual)
-    # torch cannot compile momentum=None without a graph break, nor take parameters and statistics
-    # of two dtypes
-    torch_can = (momentum is not None or not torch.compiler.is_compiling()) and (
+    # nor can torch take parameters and statistics of two dtypes
+    torch_can = not torch_waits(input, momentum) and (
         weight is None or running_mean is None or weight.dtype == running_mean.dtype
     )
     fits = None

@@ -1,0 +1,157 @@
+"""Host time of the CUDA path's Python part: every launch of the extension does nothing.
+
+A call of a layer with gradient then costs what Python, the autograd Function and the allocation of
+outputs cost, on any machine. `python -m benchmarks.host FILE [OP ...]` writes it beside torch's own
+layers, on tensors so small that their arithmetic is next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastnorm
+from benchmarks import schema, timing
+from benchmarks.environment import environment
+from fastnorm import dispatch
+from fastnorm.ops import extension
+from fastnorm.ops.activation import NAMES
+
+STUBBED = "fastnorm, launch stubbed out"
+ROUNDS = 20  # the providers take turns: a busy moment of the machine must not hit one alone
+
+
+class _Answer(int):
+    """What a stubbed function returns: a number, and a plan all of whose sizes are one."""
+
+    def __getattr__(self, name: str) -> int:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return 1
+
+
+class _Stub(types.ModuleType):
+    """An extension that serves CPU tensors by doing nothing."""
+
+    emulated = True
+    ACTIVATIONS = NAMES
+    DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+    @staticmethod
+    def unavailable() -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Callable[..., _Answer]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        answer = _Answer(1)
+        setattr(self, name, lambda *_: answer)
+        return getattr(self, name)  # type: ignore[no-any-return]
+
+
+def _forget() -> None:
+    """Whatever was cached of the extension: itself, what it can do, its codes and plans."""
+    for module in [m for name, m in sys.modules.items() if name.startswith("fastnorm.")]:
+        for cached in vars(module).values():
+            if hasattr(cached, "cache_clear"):
+                cached.cache_clear()
+
+
+@contextlib.contextmanager
+def launches_stubbed_out() -> Iterator[None]:
+    """The CUDA backend, forced, on CPU tensors, without its kernels."""
+    before = sys.modules.get("fastnorm._cuda")
+    sys.modules["fastnorm._cuda"] = _Stub("fastnorm._cuda")
+    _forget()
+    try:
+        assert dispatch.emulating() and isinstance(extension.extension(), _Stub)
+        with fastnorm.backend("cuda"):
+            yield
+    finally:
+        del sys.modules["fastnorm._cuda"]
+        if before is not None:
+            sys.modules["fastnorm._cuda"] = before
+        _forget()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of ours, torch's, an input, and how much longer a call of ours may take."""
+
+    op: str
+    variant: str
+    ours: Callable[[], nn.Module]
+    torchs: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    limit: float
+
+
+PLANES, ROWS = (2, 8, 4, 4), (16, 32)
+LAYERS = [
+    Layer("batch_norm", "plain", lambda: fastnorm.BatchNorm2d(8), lambda: nn.BatchNorm2d(8),
+          PLANES, 1.3),
+    Layer("batch_norm", "silu", lambda: fastnorm.BatchNormAct2d(8, activation="silu"),
+          lambda: nn.Sequential(nn.BatchNorm2d(8), nn.SiLU()), PLANES, 1.3),
+    Layer("layer_norm", "plain", lambda: fastnorm.LayerNorm(32), lambda: nn.LayerNorm(32),
+          ROWS, 2.0),
+    Layer("activation", "gelu", lambda: fastnorm.GELU(), lambda: nn.GELU(), ROWS, 2.0),
+    Layer("activation", "silu", lambda: fastnorm.SiLU(), lambda: nn.SiLU(), ROWS, 2.0),
+    Layer("activation", "selu", lambda: fastnorm.SELU(), lambda: nn.SELU(), ROWS, 2.0),
+]  # fmt: skip
+
+
+def call_of(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    layer, x = make(), torch.randn(shape, requires_grad=True)
+    return lambda: layer(x)  # type: ignore[no-any-return]
+
+
+def measure(layer: Layer) -> Iterator[schema.Row]:
+    """Rows of torch's layer and of ours."""
+    layout = "nchw" if layer.shape == PLANES else "rows"
+    calls = {"torch": call_of(layer.torchs, layer.shape), STUBBED: call_of(layer.ours, layer.shape)}
+    found: dict[str, list[timing.Timing]] = {provider: [] for provider in calls}
+    for _ in range(ROUNDS):
+        for provider, call in calls.items():
+            found[provider].append(timing.host_time(call, "cpu"))
+    for provider, timings in found.items():
+        best = min(timings, key=lambda timing: timing.median)
+        yield schema.Row(
+            layer.op,
+            layer.variant,
+            "host",
+            list(layer.shape),
+            layout,
+            "float32",
+            provider,
+            best.median,
+            best.p20,
+            best.p80,
+            note=f"forward with gradient; the best of {ROUNDS} rounds",
+        )
+
+
+def main(path: str, *ops: str) -> None:
+    torch.set_num_threads(1)
+    note = "host time of forward with gradient, launches of the CUDA backend stubbed out"
+    results: Any = schema.Results(environment("cpu", 0.0, note))
+    with launches_stubbed_out():
+        for layer in [layer for layer in LAYERS if not ops or layer.op in ops]:
+            results.rows += measure(layer)
+            torchs, ours = (row.ms_median * 1e3 for row in results.rows[-2:])
+            print(
+                f"{layer.op} {layer.variant}: torch {torchs:.1f} us, ours {ours:.1f} us, "
+                f"{ours / torchs:.2f}x (at most {layer.limit}x)"
+            )
+    schema.save(results, Path(path))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
