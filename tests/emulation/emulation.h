@@ -109,15 +109,14 @@ T atomic(T* p, F change, const char* file, int line) {
 
 template <class T>
 T add_release(T* p, Same<T> v, EMULATION_HERE) {
-    // in this order: what another thread releases here later must not count as acquired
-    release(p);
-    return atomic(p, [&](T old) { return T(old + v); }, file, line);
+    const T old = atomic(p, [&](T old) { return T(old + v); }, file, line);
+    release(p);  // afterwards: the addition itself has happened too
+    return old;
 }
 
 template <class T>
 T add_acq_rel(T* p, Same<T> v, EMULATION_HERE) {
-    release(p);
-    const T old = atomic(p, [&](T old) { return T(old + v); }, file, line);
+    const T old = add_release(p, v, file, line);
     acquire(p);
     return old;
 }
