@@ -85,6 +85,6 @@ def run(chosen: argparse.Namespace) -> int:
         return 1
     _told(out, left_out, budget)
     if chosen.plot:
-        return report.report_files([out], None, None)
+        return report.report_files([out], out.with_name(f"{out.stem}-report"), None)
     print(f"next: python -m benchmarks report {'--readme' if chosen.keep else out}")
     return 0
