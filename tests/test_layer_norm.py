@@ -20,7 +20,7 @@ from fastnorm.ops import launch
 from fastnorm.ops import layer_norm as family
 from fastnorm.ops.layer_norm import layer_norm, output_dtype
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "triton", "cuda"]
 HALF = (torch.float16, torch.bfloat16)
 NUMPY_WARNS = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"
