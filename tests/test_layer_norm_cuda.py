@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,12 +36,14 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.fixture(params=[0, 1, 7])
-def schedule(request: pytest.FixtureRequest) -> None:
+def schedule(request: pytest.FixtureRequest) -> Iterator[None]:
     """Orders in which the emulation runs threads and blocks; a GPU has its own."""
     engine = getattr(sys.modules["fastnorm._cuda"], "engine", None)
     if engine is not None:
         engine.configure(seed=request.param)
-        request.addfinalizer(engine.configure)
+    yield
+    if engine is not None:
+        engine.configure()
 
 
 def check(
@@ -103,11 +106,10 @@ def test_schedules(form: str, cols: int) -> None:
     assert not launch.counters(x, 1).any(), "every launch leaves its counters zero"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cols", [64, 65])
 @pytest.mark.parametrize("activation", NAMES)
-def test_activations(form: str, cols: int, activation: str, dtype: torch.dtype) -> None:
-    check(torch.randn(4, cols).to(dtype), activation=activation)
+def test_activations(form: str, activation: str) -> None:
+    check(torch.randn(4, 65), activation=activation)
+    check(torch.randn(4, 64).bfloat16(), activation=activation)
 
 
 # sizes of KERNELS that no power of two divides, at a mean that a sum of squares would lose
@@ -151,7 +153,7 @@ STRIDED = {
     "batches": lambda: torch.randn(3, 7, 5, 24)[:, 1:5, 2],
     "nhwc": lambda: torch.randn(2, 24, 5, 8).permute(0, 2, 3, 1),
     "nhwc 7x7": lambda: torch.randn(3, 24, 7, 7).permute(0, 2, 3, 1),
-    "nhwc of many": lambda: torch.randn(1, 96, 12, 12).permute(0, 2, 3, 1),
+    "nhwc of many": lambda: torch.randn(1, 24, 9, 8).permute(0, 2, 3, 1),
     "nhwc of few channels": lambda: torch.randn(2, 3, 3, 3).permute(0, 2, 3, 1),
     "nhwc too wide": lambda: torch.randn(1, 1030, 2, 2).permute(0, 2, 3, 1),
 }

@@ -176,7 +176,10 @@ def _shape(views: list[Tensor]) -> Shape:
 
 
 def _rows(view: Tensor | None) -> tuple[int, int, int, int]:
-    return (0, 0, 0, 1) if view is None else (view.data_ptr(), *view.stride())
+    if view is None:
+        return 0, 0, 0, 1
+    batch, row, column = view.stride()
+    return view.data_ptr(), batch, row, column
 
 
 def layer_norm_forward(
