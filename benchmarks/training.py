@@ -71,9 +71,9 @@ RECIPES = {
         lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9),
     ),
     "vit": Recipe(
-        "ViT of 4 layers, width 64, LayerNorm and GELU; SGD, lr 0.01, momentum 0.9",
+        "ViT of 4 layers, width 64, LayerNorm and GELU; SGD, lr 0.02, momentum 0.9",
         VisionTransformer,
-        lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9),
     ),
 }
 
