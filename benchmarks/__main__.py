@@ -80,7 +80,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="write benchmarks/results/DEVICE/DATE-SHA.json, of a checkout without changes",
     )
     run.add_argument("--note", default="", help="kept in the file: what else the machine was doing")
-    run.add_argument("--plot", action="store_true", help="then write the report beside the file")
+    run.add_argument("--plot", action="store_true", help="then write a report beside the file")
     run.set_defaults(run=command.run)
 
 

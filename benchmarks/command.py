@@ -12,6 +12,7 @@ from benchmarks.jobs import Job, plan
 from benchmarks.models import MODELS
 from benchmarks.providers import PROVIDERS
 from benchmarks.refused import Refused, device_of
+from benchmarks.worker import WorkerDied
 
 GPU_BUDGET, CPU_BUDGET = 480.0, 45.0
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,8 +80,11 @@ def run(chosen: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: what was measured is in {out}", file=sys.stderr)
         return INTERRUPTED
+    except WorkerDied as death:
+        print(f"error: the process that measures could not start: {death}", file=sys.stderr)
+        return 1
     _told(out, left_out, budget)
     if chosen.plot:
-        return report.report_files([out], None, None)
+        return report.report_files([out], out.with_name(f"{out.stem}-report"), None)
     print(f"next: python -m benchmarks report {'--readme' if chosen.keep else out}")
     return 0

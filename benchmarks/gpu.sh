@@ -46,7 +46,7 @@ step() { # log/name, seconds, command: logged, ended when its time is over, neve
     echo "== $name: up to $seconds s, $(left) s left" | tee -a "$log"
     timeout --signal=INT --kill-after=10 "$seconds" "$@" >> "$log" 2>&1
     status=$?
-    tail -n 4 "$log" | cut -c 1-200
+    tail -n 4 "$log" | grep -v '^== ' | cut -c 1-200
     if [ $status -ne 0 ]; then
         [ $status -eq 124 ] && echo "-- $name: its time was over" || echo "-- $name: exit status $status"
         failed+=("$name")
@@ -132,7 +132,7 @@ reserve=20 # to start, to end, and for the summary
 remaining=$(($(left) - reserve))
 if [ -n "$dry" ]; then
     suites=quick device=cpu
-    [ $remaining -gt 20 ] && remaining=20
+    [ $remaining -gt 30 ] && remaining=30
 fi
 if [ $remaining -lt 5 ]; then
     echo "== suite: no time left for it"

@@ -18,6 +18,7 @@ from typing import Any
 import fastnorm
 from benchmarks import runner, schema
 from benchmarks.candidates import AS_IT_IS, Changes, applied, candidates, knobs, label
+from benchmarks.command import INTERRUPTED
 from benchmarks.jobs import SLOW_S, Job
 from benchmarks.measure import Bench, blank
 from benchmarks.ops import OPS
@@ -194,7 +195,11 @@ def tune(chosen: argparse.Namespace) -> int:
     if device == "cpu":
         note += ", interpreted on a CPU: their times say nothing of a GPU"
         print(note)
-    left_out = runner.run(_jobs(problem, backend), device, budget, out, note)
+    try:
+        left_out = runner.run(_jobs(problem, backend), device, budget, out, note)
+    except KeyboardInterrupt:
+        print(f"interrupted: what was measured is in {out}", file=sys.stderr)
+        return INTERRUPTED
     results = schema.load(out)
     print(table(results.rows, results.environment))
     if left_out:

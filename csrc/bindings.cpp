@@ -3,14 +3,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "activation.h"
 #include "batch_norm.h"
+#include "layer_norm.h"
 #include "weight_norm.h"
 
 namespace py = pybind11;
@@ -265,6 +268,93 @@ void bind_weight_norm(py::module_& m) {
           });
 }
 
+using TypedAddress = std::pair<Address, int>;  // and the position of its dtype
+
+fastnorm::Array array(TypedAddress a) {
+    return array(a.first, a.second);
+}
+
+// A matrix as its address and the strides of batches, rows and columns.
+fastnorm::Rows rows(const std::array<long, 4>& m) {
+    return {at(Address(m[0])), m[1], m[2], m[3]};
+}
+
+void bind_layer_norm(py::module_& m) {
+    using namespace fastnorm;
+    using Matrix = std::array<long, 4>;
+    using Plan = LayerNormPlan;
+    py::class_<Plan>(m, "LayerNormPlan")
+        .def(py::init([] { return Plan{}; }))
+        .def_readwrite("ticket", &Plan::ticket)
+        .def_readwrite("blocks", &Plan::blocks)
+        .def_readwrite("block", &Plan::block)
+        .def_readwrite("shared_bytes", &Plan::shared_bytes)
+        .def_readwrite("threads", &Plan::threads)
+        .def_readwrite("tile", &Plan::tile)
+        .def_readwrite("tiles", &Plan::tiles)
+        .def_readwrite("chunk", &Plan::chunk)
+        .def_readwrite("chunks", &Plan::chunks)
+        .def_readwrite("lag", &Plan::lag)
+        .def_readwrite("group", &Plan::group)
+        .def_readwrite("groups", &Plan::groups)
+        .def_readwrite("span", &Plan::span)
+        .def_readwrite("workers", &Plan::workers)
+        .def_readwrite("parts", &Plan::parts);
+    m.def("layer_norm_forward",
+          [](TypedAddress y, Address sum, Address mean, Address rstd, const Matrix& x,
+             const Matrix& residual, TypedAddress weight, TypedAddress bias, Address partials,
+             Address counters, double eps, long all_rows, long batch_rows, long cols,
+             int activation, const Plan& plan, int dtype, Address stream) {
+              const LayerNormForward a = {array(y),
+                                          at(sum),
+                                          at(mean),
+                                          at(rstd),
+                                          rows(x),
+                                          rows(residual),
+                                          array(weight),
+                                          array(bias),
+                                          at(partials),
+                                          at<unsigned>(counters),
+                                          eps,
+                                          all_rows,
+                                          batch_rows,
+                                          cols,
+                                          Activation(activation),
+                                          plan};
+              run("layer_norm_forward",
+                  [&] { return layer_norm_forward(a, Dtype(dtype), at<CUstream_st>(stream)); });
+          });
+    m.def("layer_norm_backward",
+          [](Address dx, TypedAddress dweight, TypedAddress dbias, const Matrix& x,
+             const Matrix& dy, int dy_dtype, Address dsum, TypedAddress weight, TypedAddress bias,
+             Address mean, Address rstd, Address parts, Address partials, Address totals,
+             Address counters, long all_rows, long batch_rows, long cols, int activation,
+             const Plan& plan, int dtype, Address stream) {
+              const LayerNormBackward a = {at(dx),
+                                           array(dweight),
+                                           array(dbias),
+                                           rows(x),
+                                           rows(dy),
+                                           Dtype(dy_dtype),
+                                           at(dsum),
+                                           array(weight),
+                                           array(bias),
+                                           at(mean),
+                                           at(rstd),
+                                           at(parts),
+                                           at(partials),
+                                           at(totals),
+                                           at<unsigned>(counters),
+                                           all_rows,
+                                           batch_rows,
+                                           cols,
+                                           Activation(activation),
+                                           plan};
+              run("layer_norm_backward",
+                  [&] { return layer_norm_backward(a, Dtype(dtype), at<CUstream_st>(stream)); });
+          });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -275,4 +365,5 @@ PYBIND11_MODULE(_cuda, m) {
     bind_activation(m);
     bind_batch_norm(m);
     bind_weight_norm(m);
+    bind_layer_norm(m);
 }

@@ -247,3 +247,16 @@ def test_a_job_that_the_budget_cuts_off_is_left_out(
     out = tmp_path / "r.json"
     assert runner.run(JOBS, "cpu", 100.0, out) == [JOBS[1]]
     assert [row.ok for row in schema.load(out).rows] == [True] * 3
+
+
+def test_a_process_that_cannot_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(*_: object) -> None:
+        raise runner.WorkerDied("its process died: exit status 1")
+
+    monkeypatch.setattr(runner, "Worker", start)
+    out = tmp_path / "r.json"
+    assert main(["run", "--device", "cpu", "--out", str(out)]) == 1
+    assert "could not start: its process died: exit status 1" in capsys.readouterr().err
+    assert not out.exists()

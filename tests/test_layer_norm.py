@@ -19,8 +19,8 @@ from fastnorm.modules.layer_norm import LayerNorm
 from fastnorm.ops import launch
 from fastnorm.ops import layer_norm as family
 from fastnorm.ops.layer_norm import layer_norm, output_dtype
+from tests.conftest import AVAILABLE as BACKENDS
 
-BACKENDS = ["reference", "triton"]
 HALF = (torch.float16, torch.bfloat16)
 NUMPY_WARNS = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"

@@ -23,6 +23,7 @@ from fastnorm.ops.layer_norm.triton_forward import (
     normalize_long_kernel,
     normalize_ticket_kernel,
 )
+from fastnorm.ops.layer_norm.views import dense, in_place, rows_adjacent
 
 # Columns up to which a row lives in registers: forward 32 elements a thread; backward keeps x, dy
 # and the gradients of the parameters. See _in_registers for what halves them.
@@ -45,34 +46,6 @@ def _constants(x: Tensor, **others: Any) -> dict[str, Any]:
     )
 
 
-def _transposed(view: Tensor) -> bool:
-    """Whether rows, not columns, are adjacent."""
-    return view.size(2) > 1 and view.stride(2) != 1 and view.stride(1) == 1
-
-
-def _views(dims: int, transposed_cols: int, *tensors: Tensor) -> list[Tensor]:
-    """The tensors as [B, S, N] that a kernel reads in place, copied row-major where it cannot."""
-    views = layout.rows(dims, *tensors)
-    if views is not None:
-        cols = views[0].size(2)
-        if tensors[0].dtype == torch.float64:
-            transposed_cols = 0
-        in_place = [
-            view.stride(2) == 1 or cols == 1 or (_transposed(view) and cols <= transposed_cols)
-            for view in views
-        ]
-        if all(in_place):
-            return views
-        tensors = tuple(
-            x if good else x.contiguous() for x, good in zip(tensors, in_place, strict=True)
-        )
-    else:
-        tensors = tuple(x.contiguous() for x in tensors)
-    views = layout.rows(dims, *tensors)
-    assert views is not None
-    return views
-
-
 def _flat(dims: int, *tensors: Tensor) -> list[Tensor]:
     """The tensors as [1, M, N] with adjacent columns, copied where they are not."""
     views = [(layout.rows(dims, x) or [x])[0] for x in tensors]
@@ -90,8 +63,8 @@ def _align(views: list[Tensor]) -> tuple[int, int]:
     """(ROW_ALIGN, COL_ALIGN): the units in which sizes and strides of these views are given."""
     B, S, N = views[0].shape
     narrowest = min(view.element_size() for view in views)
-    transposed = [view for view in views if _transposed(view)]
-    plain = [view for view in views if not _transposed(view)]
+    transposed = [view for view in views if rows_adjacent(view)]
+    plain = [view for view in views if not rows_adjacent(view)]
     row_sizes = [S, *(v.stride(2) for v in transposed), *(v.stride(0) for v in transposed if B > 1)]
     col_sizes = [N, *(v.stride(1) for v in plain if S > 1), *(v.stride(0) for v in plain if B > 1)]
     return (_units(narrowest, *row_sizes) if transposed else 1), _units(narrowest, *col_sizes)
@@ -99,13 +72,9 @@ def _align(views: list[Tensor]) -> tuple[int, int]:
 
 def _strides(view: Tensor, row_align: int, col_align: int) -> tuple[int, int, int]:
     """(batch, row, column) strides in units; one that no address needs may be anything."""
-    if _transposed(view):
+    if rows_adjacent(view):
         return view.stride(0) // row_align, 0, view.stride(2) // row_align
     return view.stride(0) // col_align, view.stride(1) // col_align, 0
-
-
-def _parameter(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
 
 
 def _in_registers(x: Tensor, N: int, cols: int, light: bool = True) -> bool:
@@ -150,14 +119,15 @@ def layer_norm_forward(
         mean.zero_()
         rstd.fill_(math.nan)
         return
-    weight, bias = _parameter(weight), _parameter(bias)
+    weight, bias = dense(weight), dense(bias)
     constants = _constants(x, VALUE=ACTIVATIONS[activation][0])
     inputs = (x,) if residual is None else (x, residual)
     if not _in_registers(x, N, FORWARD_COLS):
         _forward_long(inputs, weight, bias, eps, y, mean, rstd, total, M, N, dims, constants)
         return
-    views = _views(dims, FORWARD_TRANSPOSED_COLS if residual is None else 0, *inputs)
-    transposed = _transposed(views[0])
+    transposed_cols = FORWARD_TRANSPOSED_COLS if residual is None else 0
+    views = in_place(dims, 0 if x.dtype == torch.float64 else transposed_cols, *inputs)
+    transposed = rows_adjacent(views[0])
     B, S, _ = views[0].shape
     row_align, col_align = _align(views)
     tile = _tile(N, 16, transposed, 16)
@@ -229,7 +199,7 @@ def layer_norm_backward(
         return
     dsum = None if dsum is None else dsum.contiguous()
     slope = None if activation == "identity" else ACTIVATIONS[activation][1]
-    operands = (dsum, _parameter(weight), None if slope is None else _parameter(bias), mean, rstd)
+    operands = (dsum, dense(weight), None if slope is None else dense(bias), mean, rstd)
     constants = _constants(x, SLOPE=slope)
     resident = _in_registers(x, N, BACKWARD_COLS, light=slope is None and x.element_size() == 2)
     launched = _backward_short if resident else _backward_long
@@ -270,10 +240,10 @@ def _backward_short(
     dx: Tensor | None, wants_weight: bool, wants_bias: bool, M: int, N: int,
     constants: dict[str, Any],
 ) -> Tensor | None:  # fmt: skip
-    views = _views(dims, BACKWARD_TRANSPOSED_COLS, x, dy)
+    views = in_place(dims, 0 if x.dtype == torch.float64 else BACKWARD_TRANSPOSED_COLS, x, dy)
     B, S, _ = views[0].shape
     row_align, col_align = _align(views)
-    transposed = any(_transposed(view) for view in views)
+    transposed = any(rows_adjacent(view) for view in views)
     thread = 16 if transposed else 8  # elements of a row that a thread holds
     if not transposed and col_align * x.element_size() < 16:  # an offset each
         thread //= 2
@@ -289,7 +259,7 @@ def _backward_short(
         *_strides(views[0], row_align, col_align), *_strides(views[1], row_align, col_align),
         programs,
         ROW_ALIGN=row_align, COL_ALIGN=col_align,
-        X_TRANSPOSED=_transposed(views[0]), DY_TRANSPOSED=_transposed(views[1]),
+        X_TRANSPOSED=rows_adjacent(views[0]), DY_TRANSPOSED=rows_adjacent(views[1]),
         PREFETCH=_in_registers(x, N, BACKWARD_COLS // 2), **tile, **constants,
     )  # fmt: skip
     return parts

@@ -1,0 +1,38 @@
+// Layer norm forward; kernels in layer_norm_forward.cuh.
+#include "layer_norm.h"
+#include "layer_norm_forward.cuh"
+
+namespace fastnorm {
+namespace {
+
+using namespace layer_norm;
+
+template <class T>
+bool fast(const LayerNormForward& a) {
+    Alignment<T> all(a.rows, a.batch_rows, a.cols);
+    all.matrix(a.x), all.matrix(a.residual), all.address(a.sum);
+    all.array(a.y), all.array(a.weight), all.array(a.bias);
+    return all.good;
+}
+
+}  // namespace
+
+cudaError_t layer_norm_forward(const LayerNormForward& a, Dtype dtype, cudaStream_t stream) {
+    return with_type(dtype, [&](auto t) {
+        using T = decltype(t);
+        void (*kernel)(LayerNormForward) =
+            a.plan.ticket ? forward_ticket_kernel<T, false> : forward_rows_kernel<T, false, Any>;
+        if constexpr (sizeof(T) < 8) {
+            if (fast<T>(a)) {
+                kernel = a.plan.ticket ? forward_ticket_kernel<T, true>
+                         : a.activation == Activation::identity
+                             ? forward_rows_kernel<T, true, Identity>
+                             : forward_rows_kernel<T, true, Any>;
+            }
+        }
+        return launch(kernel, unsigned(a.plan.blocks), a.plan.block, a.plan.shared_bytes, stream,
+                      a);
+    });
+}
+
+}  // namespace fastnorm

@@ -1,0 +1,164 @@
+// Layer norm backward for rows that do not fit registers: chunks of columns of a few rows each,
+// visited twice in the order of tickets.
+#pragma once
+#include "layer_norm_backward.cuh"
+
+namespace fastnorm {
+namespace layer_norm {
+
+constexpr int kChunkThreads = 256, kChunkVectors = 1;
+constexpr int kGroupRows = 32;  // at most
+// what the assembler is told, so that it neither spills nor takes all of 128 registers
+template <class T, bool kFast>
+constexpr int kChunkBound = sizeof(T) == 8 || kFast ? kChunkThreads : kChunkThreads + 64;
+
+template <class W>
+struct GroupSums {
+    Sums<2, W> row[kGroupRows][kChunkThreads / kWarp];
+};
+
+// The columns that a block has of a chunk.
+template <class T>
+__device__ __forceinline__ Part<T> part_of(const LayerNormBackward& a, long begin) {
+    Part<T> part(blockDim.x, int(min(a.cols - begin, a.plan.chunk)));
+    part.length = part.span;
+    return part;
+}
+
+// x and what pull_back makes of dy, for one vector of a row.
+template <bool kFast, class T>
+struct Visit {
+    static constexpr int kVector = Vector<T>::size;
+    Vector<T> x;
+    Wide<T> dz[kVector], x_hat[kVector], g[kVector];
+
+    __device__ __forceinline__ Visit(const LayerNormBackward& a, long row, long col, int rest) {
+        x = load_row<kFast>(row_of<T>(a.x, row, a.rows, a.batch_rows) + col, rest);
+        load_dy<kFast, T>(a.dy_dtype, dy_at<T>(a, row, col), rest, dz);
+        const Wide<T> mean = static_cast<const Wide<T>*>(a.mean)[row];
+        const Wide<T> rstd = static_cast<const Wide<T>*>(a.rstd)[row];
+        pull_back<kFast, Any>(a, x, col, rest, mean, rstd, dz, x_hat, g);
+    }
+};
+
+// First visit: a chunk's part in the sums of g and g * x_hat of each row of the group; whoever
+// comes last merges those of all chunks, in fixed order.
+template <class T, bool kFast>
+__device__ __forceinline__ void sum_rows(const LayerNormBackward& a, long tile) {
+    using W = Wide<T>;
+    const long chunks = a.plan.chunks, group = tile / chunks, chunk = tile - group * chunks;
+    const long begin = chunk * a.plan.chunk, first = group * a.plan.group;
+    const int rows = int(min(a.rows - first, long(a.plan.group)));
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    auto& shared = block_shared<GroupSums<W>>();
+    W* partials = static_cast<W*>(a.partials) + 2 * first * chunks;
+    const Part<T> part = part_of<T>(a, begin);
+
+#pragma unroll 1
+    for (int i = 0; i < rows; ++i) {
+        Sums<2, W> s = {};
+#pragma unroll
+        for (int k = 0; k < kChunkVectors; ++k) {
+            if (!part.used(k)) continue;
+            const Visit<kFast, T> at(a, first + i, begin + part.column(k), part.rest(k));
+#pragma unroll
+            for (int j = 0; j < Vector<T>::size; ++j)
+                s.v[0] += at.g[j], s.v[1] += at.g[j] * at.x_hat[j];
+        }
+        s = warp_sum(s);
+        if (lane == 0) shared.row[i][warp] = s;
+    }
+    __syncthreads();
+    if (int(threadIdx.x) < rows) {
+        Sums<2, W> s = shared.row[threadIdx.x][0];
+        for (int j = 1; j < warps; ++j) {
+            s.v[0] += shared.row[threadIdx.x][j].v[0];
+            s.v[1] += shared.row[threadIdx.x][j].v[1];
+        }
+        partials[2 * (threadIdx.x * chunks + chunk)] = s.v[0];
+        partials[2 * (threadIdx.x * chunks + chunk) + 1] = s.v[1];
+    }
+
+    unsigned* arrivals = a.counters + 3 + group;
+    if (!arrive_last(arrivals, unsigned(chunks))) return;
+    W* totals = static_cast<W*>(a.totals) + 2 * first;
+    for (int i = warp; i < rows; i += warps) {
+        Sums<2, W> s = {};
+        for (long k = lane; k < chunks; k += kWarp) {
+            s.v[0] += partials[2 * (i * chunks + k)];
+            s.v[1] += partials[2 * (i * chunks + k) + 1];
+        }
+        s = warp_sum(s);
+        if (lane == 0) totals[2 * i] = s.v[0] / W(a.cols), totals[2 * i + 1] = s.v[1] / W(a.cols);
+    }
+    arrive(arrivals);
+}
+
+// Second visit: dx, and the sums of dweight and dbias over the rows of `span` groups.
+template <class T, bool kFast>
+__device__ __forceinline__ void apply_rows(const LayerNormBackward& a, long tile) {
+    using W = Wide<T>;
+    const long chunks = a.plan.chunks, index = tile / chunks, chunk = tile - index * chunks;
+    const long begin = chunk * a.plan.chunk;
+    const Part<T> part = part_of<T>(a, begin);
+    const W* totals = static_cast<const W*>(a.totals);
+    Gradients<T, kChunkVectors> sums;
+
+    for (long group = index * a.plan.span; group < (index + 1) * a.plan.span; ++group) {
+        if (a.dx != nullptr) wait(a.counters + 3 + group, unsigned(chunks) + 1);
+        const long first = group * a.plan.group, end = min(a.rows, first + a.plan.group);
+#pragma unroll 1
+        for (long row = first; row < end; ++row) {
+            W m1 = 0, m2 = 0;
+            if (a.dx != nullptr) m1 = totals[2 * row], m2 = totals[2 * row + 1];
+            const W rstd = static_cast<const W*>(a.rstd)[row];
+#pragma unroll
+            for (int k = 0; k < kChunkVectors; ++k) {
+                if (!part.used(k)) continue;
+                const long col = begin + part.column(k), offset = row * a.cols + col;
+                const Visit<kFast, T> at(a, row, col, part.rest(k));
+                sums.add(k, at.dz, at.x_hat);
+                if (a.dx == nullptr) continue;
+                Vector<T> out = {};
+                if (a.dsum != nullptr)
+                    out = load_row<kFast>(static_cast<const T*>(a.dsum) + offset, part.rest(k));
+#pragma unroll
+                for (int j = 0; j < Vector<T>::size; ++j) {
+                    const W d = rstd * (at.g[j] - m1 - at.x_hat[j] * m2);
+                    out.v[j] = static_cast<T>(d + widen(out.v[j]));
+                }
+                store_row<kFast>(static_cast<T*>(a.dx) + offset, out, part.rest(k), part.first,
+                                 part.last);
+            }
+        }
+    }
+    sums.for_wanted(a, index,
+                    [&](W* p, const auto& own) { store_sums<kFast>(part, p + begin, own); });
+}
+
+// Ticket k visits tile k for the first time and tile k - lag for the second, which finds x and dy
+// in L2 and waits for smaller tickets alone, as lag >= chunks - 1. Where a group of rows is too
+// large for L2, lag is the number of tiles: the second visits follow all the first ones.
+template <class T, bool kFast>
+__global__ void __launch_bounds__(kChunkBound<T, kFast>, 2)
+    backward_ticket_kernel(LayerNormBackward a) {
+    const LayerNormPlan& plan = a.plan;
+    const long ticket = take_ticket(a.counters);
+    unsigned* arrivals = a.counters + 2;
+    const bool wanted = a.dweight.data != nullptr || a.dbias.data != nullptr;
+    const long visited = plan.parts * plan.chunks;  // tiles of the second visit
+    if (ticket < plan.workers) {
+        if (a.dx != nullptr && ticket < plan.groups * plan.chunks) sum_rows<T, kFast>(a, ticket);
+        if (ticket >= plan.lag) {
+            apply_rows<T, kFast>(a, ticket - plan.lag);
+            if (wanted) arrive(arrivals);
+        }
+    } else {
+        wait(arrivals, unsigned(visited));
+        finish<Wide<T>>(a, ticket - plan.workers, gridDim.x - plan.workers);
+    }
+    leave_zero(a.counters, 3 + plan.groups);
+}
+
+}  // namespace layer_norm
+}  // namespace fastnorm

@@ -1,0 +1,266 @@
+"""Layer norm on the CUDA extension (csrc/layer_norm*.cu): which kernel, cut how, and what its
+launchers are given."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnorm.ops import launch
+from fastnorm.ops.activation.reference import wide_dtype
+from fastnorm.ops.extension import activation_code, address, array, dtype_code, extension, stream
+from fastnorm.ops.layer_norm.views import dense, in_place, rows_adjacent
+
+
+class Limits(NamedTuple):
+    """What the plans below are made of; sizes of rows in vectors of 16 bytes."""
+
+    # Rows up to which a row lives in the registers of at most 512 threads: 4 vectors each in the
+    # forward, in the backward 2 (fp64: 1) of x and dy and the sums of dweight and dbias.
+    forward: int = 2048
+    backward: int = 1024
+    # Chunks of longer rows, of 256 threads.
+    forward_chunk: int = 1024
+    backward_chunk: int = 256
+    # Rows of a tile of chunks in the backward, and the bytes up to which such a group of whole rows
+    # is found in L2 when it is read again; where not even `least_group` rows are, the two phases
+    # follow each other.
+    group: int = 32
+    least_group: int = 4
+    group_bytes: int = 16 << 20
+    # Columns of matrices whose rows are adjacent, up to which a tile of whole rows is turned round
+    # in that much shared memory.
+    transposed_cols: int = 1024
+    staged_bytes: int = 64 << 10
+
+
+LIMITS = Limits()
+
+
+class Shape(NamedTuple):
+    """What decides a plan, beside the limits."""
+
+    rows: int
+    batch_rows: int
+    cols: int
+    size: int  # bytes of an element of x
+    transposed: int  # matrices whose rows are adjacent
+    processors: int
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest one that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _plan(**fields: int) -> Any:
+    plan = extension().LayerNormPlan()
+    for name, value in fields.items():
+        setattr(plan, name, value)
+    return plan
+
+
+def in_registers(cols: int, size: int, limits: Limits, backward: bool) -> bool:
+    """Whether whole rows of elements of ``size`` bytes live in registers."""
+    vectors = limits.backward // (2 if size == 8 else 1) if backward else limits.forward
+    return cols * size <= 16 * vectors
+
+
+def _whole_rows(shape: Shape, each: int, block: int, limits: Limits) -> dict[str, int]:
+    """Rows in registers: as few threads a row as hold it with `each` vectors a thread, but adjacent
+    vectors in eight threads; several rows a block where they are short."""
+    vectors = -(-shape.cols * shape.size // 16)
+    threads = max(_power_of_2(-(-vectors // each)), min(_power_of_2(vectors), 8))
+    tile = max(block // threads, 1)
+    staged = 0
+    if shape.transposed:  # lines of 128 bytes, if that much shared memory is to be had
+        fits = limits.staged_bytes // (shape.cols * shape.size * shape.transposed)
+        tile = max(tile, min(128 // shape.size, 1 << max(fits.bit_length() - 1, 0)))
+        staged = tile * (shape.cols | 1) * shape.size * shape.transposed
+    run = shape.batch_rows if shape.transposed else shape.rows
+    return {
+        "block": max(block, threads),
+        "threads": threads,
+        "tile": tile,
+        "tiles": -(-run // tile),
+        "shared_bytes": staged,
+    }
+
+
+def _chunked(shape: Shape, chunk: int) -> dict[str, int]:
+    chunk *= 16 // shape.size
+    return {"ticket": 1, "block": 256, "chunk": chunk, "chunks": -(-shape.cols // chunk)}
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_plan(shape: Shape, limits: Limits) -> Any:
+    """The rule of the forward: whole rows in registers as long as they fit, else chunks."""
+    if in_registers(shape.cols, shape.size, limits, backward=False):
+        fields = _whole_rows(shape, 4, 256 if shape.transposed else 128, limits)
+        return _plan(**fields, blocks=fields["tiles"] * _batches(shape))
+    fields = _chunked(shape, limits.forward_chunk)
+    # as many tiles apart as are under way at once, so that no block waits for long
+    lag = fields["chunks"] - 1 + shape.processors
+    return _plan(**fields, lag=lag, blocks=shape.rows * fields["chunks"] + lag)
+
+
+def _batches(shape: Shape) -> int:
+    return shape.rows // shape.batch_rows if shape.transposed else 1
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_plan(shape: Shape, dy_size: int, wants_dx: bool, wanted: int, limits: Limits) -> Any:
+    """The rule of the backward: whole rows in the registers of persistent blocks, else chunks.
+
+    ``wanted`` gradients of parameters are finished by the last blocks, 32 columns at a time.
+    """
+    finishers = min(wanted * -(-shape.cols // 32), shape.processors)
+    if in_registers(shape.cols, shape.size, limits, backward=True):
+        fields = _whole_rows(shape, 1 if shape.size == 8 else 2, 256, limits)
+        block, groups = fields["block"], fields["block"] // fields["threads"]
+        fields["tiles"] *= _batches(shape)
+        # as many as are resident, 16 rows each at least once every processor has one: the partial
+        # sums that a block leaves are worth one and a half rows of traffic in 16-bit types
+        workers = min(
+            fields["tiles"],
+            shape.processors * (512 // block),
+            max(shape.processors, shape.rows // 16),
+        )
+        if wanted and groups > 1:  # where the groups of threads merge their sums
+            fields["shared_bytes"] = max(
+                fields["shared_bytes"], groups * shape.cols * max(shape.size, 4)
+            )
+        return _plan(**fields, workers=workers, parts=workers, blocks=workers + finishers)
+    fields = _chunked(shape, limits.backward_chunk)
+    chunks = fields["chunks"]
+    group = limits.group_bytes // (shape.cols * (shape.size + dy_size))
+    in_turns = group < min(limits.least_group, shape.rows)
+    if in_turns:
+        group = limits.group
+    # few rows: small groups, so that there are tiles for all processors
+    group = min(group, limits.group, shape.rows * chunks // (2 * shape.processors))
+    group = max(group, 1)
+    groups = -(-shape.rows // group)
+    span = groups if in_turns else 1
+    lag = groups * chunks if in_turns else chunks - 1 + shape.processors
+    if not wants_dx:  # nothing to wait for
+        lag = 0
+    parts = groups // span
+    workers = lag + parts * chunks
+    return _plan(
+        **fields, group=group, groups=groups, span=span, lag=lag, workers=workers, parts=parts,
+        blocks=workers + finishers,
+    )  # fmt: skip
+
+
+def _turned(x: Tensor, dims: int, backward: bool) -> int:
+    """Up to how many columns adjacent rows are read in place: where whole rows are in registers."""
+    cols = math.prod(x.shape[x.dim() - dims :])
+    return LIMITS.transposed_cols if in_registers(cols, x.element_size(), LIMITS, backward) else 0
+
+
+def _shape(views: list[Tensor]) -> Shape:
+    x = views[0]
+    return Shape(
+        rows=x.size(0) * x.size(1),
+        batch_rows=x.size(1),
+        cols=x.size(2),
+        size=x.element_size(),
+        transposed=sum(map(rows_adjacent, views)),
+        processors=launch.processors(x.device),
+    )
+
+
+def _rows(view: Tensor | None) -> tuple[int, int, int, int]:
+    if view is None:
+        return 0, 0, 0, 1
+    batch, row, column = view.stride()
+    return view.data_ptr(), batch, row, column
+
+
+def layer_norm_forward(
+    x: Tensor,  # [..., *shape]
+    residual: Tensor | None,  # [..., *shape]
+    weight: Tensor | None,  # [*shape]
+    bias: Tensor | None,  # [*shape]
+    dims: int,
+    eps: float,
+    activation: str,
+    dtype: torch.dtype,
+    want_sum: bool,
+    y: Tensor,  # [..., *shape]
+    mean: Tensor,  # [M]
+    rstd: Tensor,  # [M]
+    total: Tensor | None,  # [..., *shape]
+) -> None:
+    if x.numel() == 0:
+        mean.zero_()
+        rstd.fill_(math.nan)
+        return
+    tensors = (x,) if residual is None else (x, residual)
+    views = in_place(dims, _turned(x, dims, backward=False) if residual is None else 0, *tensors)
+    shape = _shape(views)
+    plan = forward_plan(shape, LIMITS)
+    partials = counters = None
+    if plan.ticket:
+        partials = torch.empty((shape.rows, plan.chunks, 2), dtype=mean.dtype, device=x.device)
+        counters = launch.counters(x, 2 + shape.rows)
+    weight, bias = dense(weight), dense(bias)
+    extension().layer_norm_forward(
+        array(y), address(total), mean.data_ptr(), rstd.data_ptr(),
+        _rows(views[0]), _rows(None if residual is None else views[1]), array(weight), array(bias),
+        address(partials), address(counters), eps, shape.rows, shape.batch_rows, shape.cols,
+        activation_code(activation), plan, dtype_code(x.dtype), stream(x),
+    )  # fmt: skip
+
+
+def layer_norm_backward(
+    x: Tensor,  # [..., *shape]
+    dy: Tensor,  # [..., *shape]
+    dsum: Tensor | None,  # [..., *shape]
+    weight: Tensor | None,  # [*shape]
+    bias: Tensor | None,  # [*shape]
+    mean: Tensor,  # [M]
+    rstd: Tensor,  # [M]
+    dims: int,
+    activation: str,
+    needs: list[bool],
+    dx: Tensor | None,  # [..., *shape]
+    dweight: Tensor | None,  # [*shape]
+    dbias: Tensor | None,  # [*shape]
+) -> None:
+    wanted = (dweight is not None) + (dbias is not None)
+    if x.numel() == 0 or (dx is None and wanted == 0):
+        for gradient in (dweight, dbias):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    if dy.dtype != x.dtype and (dy.dtype != torch.float32 or x.element_size() != 2):
+        dy = dy.to(x.dtype)
+    if dy.dtype != x.dtype:  # tiles are turned round in the dtype of x
+        dy = dy.contiguous()
+    views = in_place(dims, _turned(x, dims, backward=True), x, dy)
+    shape = _shape(views)
+    plan = backward_plan(shape, dy.element_size(), dx is not None, wanted, LIMITS)
+    wide, M, N = wide_dtype(x), shape.rows, shape.cols
+    parts = partials = totals = counters = None
+    if wanted:
+        parts = torch.empty((wanted, plan.parts, N), dtype=wide, device=x.device)
+    if plan.ticket and dx is not None:
+        partials = torch.empty((M, plan.chunks, 2), dtype=wide, device=x.device)
+        totals = torch.empty((M, 2), dtype=wide, device=x.device)
+    if wanted or plan.ticket:
+        counters = launch.counters(x, 3 + plan.groups)
+    weight, bias = dense(weight), dense(bias)
+    dsum = None if dsum is None else dsum.contiguous()
+    extension().layer_norm_backward(
+        address(dx), array(dweight), array(dbias),
+        _rows(views[0]), _rows(views[1]), dtype_code(dy.dtype), address(dsum),
+        array(weight), array(bias), mean.data_ptr(), rstd.data_ptr(),
+        address(parts), address(partials), address(totals), address(counters),
+        M, shape.batch_rows, N, activation_code(activation), plan, dtype_code(x.dtype), stream(x),
+    )  # fmt: skip
