@@ -85,6 +85,15 @@ def test_shared_memory_starts_as_nan(probes: planted.Planted) -> None:
         assert all(map(math.isnan, y[:32]))
 
 
+def test_copies_are_there_once_they_are_waited_for(probes: planted.Planted) -> None:
+    y = probes.probe("copies", count=12 * 32, shared=4 * 12 * 32)
+    for copy, there in enumerate([1, 2, 3]):  # from which wait on
+        for t in range(32):
+            found = y[12 * t + 4 * copy : 12 * t + 4 * copy + 4]
+            assert all(map(math.isnan, found[:there]))
+            assert found[there:] == [4 * copy + 4] * (4 - there)
+
+
 def test_arithmetic(engine: planted.Planted) -> None:
     y = engine.probe("arithmetic")
     expected = [

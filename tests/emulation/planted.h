@@ -11,6 +11,10 @@ namespace planted {
 using fastnorm::add_acq_rel;
 using fastnorm::add_release;
 using fastnorm::block_shared;
+using fastnorm::copies_done;
+using fastnorm::copies_end;
+using fastnorm::copy_async;
+using fastnorm::copy_policy;
 using fastnorm::dynamic_shared;
 using fastnorm::load_acquire;
 

@@ -75,6 +75,20 @@ __global__ void fresh_shared(Work w) {
     w.y[threadIdx.x] = block_shared<WarpSums>().v[threadIdx.x] + dynamic[threadIdx.x];
 }
 
+// y[thread] = [copy that was asked for][before a wait, then with 2, 1, 0 groups still running]
+__global__ void copies(Work w) {
+    float* to = dynamic_shared<float>() + 12 * threadIdx.x;
+    float* y = w.y + 12 * threadIdx.x;
+    for (int i = 0; i < 3; ++i) {
+        copy_async(to + 4 * i, w.x + 4 * i, copy_policy(false));
+        copies_end();
+    }
+    for (int waited = 0; waited < 4; ++waited) {
+        if (waited > 0) copies_done(3 - waited);
+        for (int i = 0; i < 3; ++i) y[4 * i + waited] = to[4 * i + 3];
+    }
+}
+
 // y[thread] = its place in the grid, in three dimensions of both
 __global__ void places(Work w) {
     const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
@@ -152,10 +166,17 @@ __global__ void arithmetic(Work w) {
 }
 
 const Kernel kProbes[] = {
-    {"block_sum", block_sum, {}},   {"shuffles", shuffles, {}},         {"votes", votes, {}},
-    {"halves", halves, {}},         {"fresh_shared", fresh_shared, {}}, {"places", places, {}},
-    {"together", together, {}},     {"start_order", start_order, {}},   {"atomics", atomics, {}},
+    {"block_sum", block_sum, {}},
+    {"shuffles", shuffles, {}},
+    {"votes", votes, {}},
+    {"halves", halves, {}},
+    {"fresh_shared", fresh_shared, {}},
+    {"places", places, {}},
+    {"together", together, {}},
+    {"start_order", start_order, {}},
+    {"atomics", atomics, {}},
     {"arithmetic", arithmetic, {}},
+    {"copies", copies, {}},
 };
 
 }  // namespace
