@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from fastnorm.modules import batch_norm, layer_norm, sync_batch_norm
+from fastnorm.surgery import losses
 from fastnorm.surgery.edits import (
     ORIGIN,
     Edits,
@@ -21,7 +22,7 @@ from fastnorm.surgery.edits import (
 )
 from fastnorm.surgery.folding import Fold, activation_of, hooked, match, rewrite
 from fastnorm.surgery.forward import FusedForward, code_of
-from fastnorm.surgery.report import Report, Row
+from fastnorm.surgery.report import Note, Report, Row
 from fastnorm.surgery.tracing import Guard, Trace, trace
 
 _NORMS: dict[type[nn.Module], type[nn.Module]] = {
@@ -60,6 +61,7 @@ class _Plan:
 
     def __init__(self, model: nn.Module, wanted: Filter | None) -> None:
         self.rows: list[Row] = []
+        self.notes: list[Note] = []
         self.edits: Edits = []
         self.parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
         self.names = {module: name for name, module in model.named_modules()}
@@ -125,6 +127,7 @@ class _Plan:
         attributes = {} if value is None else {"activation": value}
         folded = ", ".join((*attributes.values(), *(["residual"] if residual else [])))
         self.rows.append(Row(self.names[norm], title(type(norm)), f"{title(cls)}({folded})"))
+        self.notes += losses.of_layer(norm, self.names[norm])
         self.edits.append((norm, functools.partial(swap, norm, cls, **attributes)))
 
     def _plan_neighbours(self, norm: nn.Module, parent: nn.Module, key: str) -> None:
@@ -190,6 +193,8 @@ class _Plan:
         guards: list[Guard] = []
         for norm in norms:
             calls = [node for node, module in modules.items() if module is norm]
+            if calls and isinstance(norm, nn.LayerNorm):
+                self.notes += losses.of_call(calls[0], self.names[norm])
             fold: Fold | str = f"called {len(calls)} times by its parent ({kind})"
             if len(calls) == 1:
                 fold = match(calls[0], owner)
@@ -257,4 +262,4 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None, dry_run: bool = Fal
     plan = _Plan(model, filter_fn)
     if not dry_run:
         apply(plan.edits)
-    return Report(plan.rows, dry_run)
+    return Report(plan.rows, dry_run, plan.notes)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from fastnorm.modules import activation as activations
 from fastnorm.modules import batch_norm, layer_norm, sync_batch_norm, weight_norm
 from fastnorm.modules.weight_norm_group import group_of, ungroup
-from fastnorm.surgery import others
+from fastnorm.surgery import losses, others
 from fastnorm.surgery.edits import (
     ORIGIN,
     Edits,
@@ -26,7 +26,7 @@ from fastnorm.surgery.edits import (
     untouchable,
 )
 from fastnorm.surgery.forward import FusedForward
-from fastnorm.surgery.report import Report, Row
+from fastnorm.surgery.report import Note, Report, Row
 
 __all__ = ["Report", "Row", "replace_", "restore_"]
 
@@ -112,7 +112,9 @@ def replace_(
         dry_run: report what would be replaced, change nothing.
 
     Returns:
-        A report with one row per module replaced or left alone.
+        A report with one row per module replaced or left alone, and notes on what is lost all the
+        same: an activation called as a function, torch's SyncBatchNorm, weight norm by a hook, a
+        batch norm in evaluation mode.
 
     Raises:
         TypeError: ``model`` is not a module, or is a TorchScript module.
@@ -132,6 +134,8 @@ def replace_(
     ours = owned_classes()
     rows: list[Row] = []
     edits: Edits = []
+    notes: list[Note] = []
+    weights: list[str] = []
     bases = tuple(chosen)
     for name, module in model.named_modules():
         was: type[nn.Module] = type(module)
@@ -141,9 +145,15 @@ def replace_(
         rows.append(Row(name, title(was), title(was) if reason else title(chosen[was]), reason))
         if not reason:
             edits.append((module, functools.partial(swap, module, chosen[was])))
+            notes += losses.of_layer(module, name)
+            if was is parametrizations._WeightNorm:
+                weights.append(name)
+    notes += losses.one_by_one(weights)
+    if filter_fn is None:
+        notes += losses.of_model(model, chosen)
     if not dry_run:
         apply(edits)
-    return Report(rows, dry_run)
+    return Report(rows, dry_run, notes)
 
 
 def owned_classes() -> frozenset[type[nn.Module]]:

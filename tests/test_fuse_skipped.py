@@ -255,3 +255,39 @@ class MutatedBetween(nn.Module):
 
 def test_a_norm_is_not_moved_behind_a_change_of_its_input():
     assert "in-place operation" in reasons(fuse_(MutatedBetween()))["norm"]
+
+
+class Permuted(nn.Module):
+    """As in ConvNeXt: rows of channels, of an image."""
+
+    def __init__(self, permute):
+        super().__init__()
+        self.norm, self.linear, self.permute = nn.LayerNorm(C), nn.Linear(C, C), permute
+
+    def forward(self, x):
+        return self.linear(self.norm(self.permute(x)))
+
+
+@pytest.mark.parametrize(
+    "permute, name",
+    [
+        (lambda x: x.permute(0, 2, 3, 1), "permute"),
+        (lambda x: torch.movedim(x, 1, -1), "movedim"),
+        (lambda x: x.flatten(2).transpose(1, 2), "transpose"),
+        (lambda x: x.permute(0, 2, 3, 1).contiguous(), None),
+    ],
+)
+def test_a_layer_norm_over_a_permuted_view_is_noted(permute, name):
+    report = fuse_(nn.Sequential(Permuted(permute)))
+    assert [note.name for note in report.notes] == ([] if name is None else ["0.norm"])
+    if name is not None:
+        assert report.notes[0].text.startswith(f"its input is a view by {name}, read across its")
+        assert str(report).splitlines()[-1].startswith("note: 0.norm: its input is a view")
+
+
+def test_a_batch_norm_that_is_fused_in_evaluation_is_noted():
+    model = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU(), nn.BatchNorm2d(C))
+    (note,) = fuse_(model.eval(), dry_run=True).notes
+    assert note.name == "0"
+    assert "fuse_conv_bn_eval" in note.text
+    assert fuse_(model.train()).notes == []

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 from fastnorm.modules import activation, batch_norm, layer_norm, weight_norm
@@ -67,7 +68,9 @@ def test_every_default_target_and_back():
     model = network()
     before, keys = snapshot(model), list(model.state_dict())
     report = replace_(model)
-    assert report.changed == len(replacements()) == 8
+    # beside those of other packages that another test may have imported
+    torchs = [cls for cls in replacements() if cls.__module__.startswith("torch.")]
+    assert report.changed == len(torchs) == 8
     assert report.skipped == 0
     assert type(model[0].parametrizations.weight[0]) is weight_norm.WeightNorm
     assert list(model.state_dict()) == keys
@@ -287,3 +290,74 @@ def test_the_report_prints_as_a_table():
     ]
     assert repr(report) == str(report)
     assert (len(report), report.changed, report.skipped) == (2, 1, 1)
+
+
+class CallsFunctions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gelu = nn.GELU()
+
+    def forward(self, x):
+        return torch.nn.functional.silu(F.layer_norm(self.gelu(F.relu(x)), x.shape[1:]))
+
+
+def told(report):
+    return [(note.name, note.text.partition(":")[0]) for note in report.notes]
+
+
+def test_functions_that_stay_torchs_are_noted():
+    model = nn.Sequential(CallsFunctions(), CallsFunctions(), nn.TransformerEncoderLayer(8, 2))
+    report = replace_(model)
+    text = "its forward calls {}, and replace_ changes layers alone"
+    assert sorted(told(report)) == [
+        (name, text.format(function)) for name in "01" for function in ("layer_norm", "silu")
+    ]
+    assert "note: 0, 1: its forward calls silu" in str(report)
+    assert "a SiLU would be replaced, fastnorm.functional.silu is ours" in str(report)
+    assert report.changed == 4
+    # only what was asked for, and no class but the chosen ones is looked into
+    assert told(replace_(CallsFunctions(), targets=["SiLU"])) == [("", text.format("silu"))]
+    assert "note: the model: its" in str(replace_(CallsFunctions(), targets="SiLU"))
+    assert told(replace_(CallsFunctions(), filter_fn=lambda module, name: True)) == []
+
+
+def test_a_batch_norm_in_evaluation_is_noted():
+    model = nn.Sequential(
+        *(nn.BatchNorm2d(6) for _ in range(5)), nn.BatchNorm1d(6, track_running_stats=False)
+    )
+    assert replace_(model, dry_run=True).notes == []
+    report = replace_(model.eval())
+    assert [name for name, _ in told(report)] == ["0", "1", "2", "3", "4"]
+    assert str(report).splitlines()[-1].startswith("note: 0, 1, 2 and 2 more: in evaluation mode")
+
+
+def test_a_batch_norm_that_torch_serves_is_noted():
+    model = nn.Sequential(nn.BatchNorm2d(6, eps=0.0), nn.BatchNorm2d(6))
+    assert told(replace_(model)) == [("0", "eps is 0")]
+
+
+def test_synchronised_batch_norm_and_hooks_of_weight_norm_are_noted():
+    with pytest.warns(FutureWarning, match="deprecated"):
+        hooked = nn.utils.weight_norm(nn.Linear(2, 2))
+    model = nn.Sequential(nn.SyncBatchNorm(6), hooked)
+    report = replace_(model)
+    assert [(note.name, note.text.split()[-1]) for note in report.notes] == [
+        ("0", "ours"),
+        ("1", "instead"),
+    ]
+    assert "fastnorm.convert_sync_batchnorm" in report.notes[0].text
+    assert "torch.nn.utils.remove_weight_norm" in report.notes[1].text
+    assert type(model[0]) is nn.SyncBatchNorm
+    assert replace_(model, targets=[nn.GELU]).notes == []
+
+
+def test_weight_norms_that_could_be_computed_together_are_noted():
+    layers = [parametrizations.weight_norm(nn.Linear(2, 2)) for _ in range(2)]
+    assert replace_(nn.Sequential(layers[0])).notes == []
+    restore_(layers[0])
+    report = replace_(nn.Sequential(*layers))
+    assert [note.name for note in report.notes] == [
+        "0.parametrizations.weight.0",
+        "1.parametrizations.weight.0",
+    ]
+    assert "fastnorm.weight_norm_(model)" in report.notes[0].text

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+_NAMED = 3  # modules that a note names; of more it gives the number
+
 
 class Row(NamedTuple):
     """One line of a report: a change, or a module left alone (``now`` equals ``was``) and why."""
@@ -15,8 +17,17 @@ class Row(NamedTuple):
     why_skipped: str = ""
 
 
+class Note(NamedTuple):
+    """What a module of this name goes on losing, known before anything has run."""
+
+    name: str
+    text: str
+
+
 class Report:
     """What a surgery changed and what it left alone; prints as a table, iterates over its rows.
+
+    ``notes`` holds what is known to be lost all the same, and what to do about it.
 
     Example:
         >>> import torch, fastnorm
@@ -27,9 +38,12 @@ class Report:
         ['1']
     """
 
-    def __init__(self, rows: Iterable[Row], dry_run: bool = False) -> None:
+    def __init__(
+        self, rows: Iterable[Row], dry_run: bool = False, notes: Iterable[Note] = ()
+    ) -> None:
         self.rows = list(rows)
         self.dry_run = dry_run
+        self.notes = list(notes)
 
     @property
     def changed(self) -> int:
@@ -58,6 +72,15 @@ class Report:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
             for line in lines
         ]
-        return "\n".join([*(line.rstrip() for line in table), total])
+        return "\n".join([*(line.rstrip() for line in table), total, *self._told()])
+
+    def _told(self) -> Iterator[str]:
+        """The notes, one line for all modules that have the same."""
+        grouped: dict[str, list[str]] = {}
+        for name, text in self.notes:
+            grouped.setdefault(text, []).append(name or "the model")
+        for text, names in grouped.items():
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            yield f"note: {', '.join(names[:_NAMED])}{more}: {text}"
 
     __repr__ = __str__

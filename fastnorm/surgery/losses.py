@@ -1,0 +1,127 @@
+"""What a model goes on losing after a surgery, as far as its layers and sources say it."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from fastnorm.surgery.report import Note
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# function -> how a forward calls it, and the layers that replace_ would have changed
+_FUNCTIONS: tuple[tuple[Callable[..., Any], str, tuple[type[nn.Module], ...]], ...] = (
+    (F.gelu, "gelu", (nn.GELU,)),
+    (F.silu, "silu", (nn.SiLU,)),
+    (F.selu, "selu", (nn.SELU,)),
+    (torch.selu, "selu", (nn.SELU,)),
+    (F.layer_norm, "layer_norm", (nn.LayerNorm,)),
+    (torch.layer_norm, "layer_norm", (nn.LayerNorm,)),
+    (F.batch_norm, "batch_norm", _BATCH_NORMS),
+    (torch.batch_norm, "batch_norm", _BATCH_NORMS),
+)
+_PERMUTES = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims")
+
+
+def of_layer(module: nn.Module, name: str) -> Iterator[Note]:
+    """What a layer that becomes ours is known to lose."""
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return
+    if module.eps <= 0:
+        yield Note(name, f"eps is {module.eps:g}: in training torch's own function serves it")
+    if not module.training and module.running_mean is not None:
+        yield Note(
+            name,
+            "in evaluation mode: for inference alone torch.nn.utils.fuse_conv_bn_eval, before "
+            "replace_ and fuse_, folds it into the convolution that it follows",
+        )
+
+
+@functools.cache  # a model has many layers of one class
+def _called(function: Any) -> tuple[Any, ...]:
+    """Every function that the source of a forward calls by a global name."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            path, at = [], node.func
+            while isinstance(at, ast.Attribute):
+                path.append(at.attr)
+                at = at.value
+            known = getattr(function, "__globals__", {})
+            if isinstance(at, ast.Name) and at.id in known:
+                value = known[at.id]
+                for attribute in reversed(path):
+                    value = getattr(value, attribute, None)
+                found.append(value)
+    return tuple(found)
+
+
+def _functions(module: nn.Module, name: str, chosen: Collection[type[nn.Module]]) -> Iterator[Note]:
+    """A forward that calls what replace_ only finds as a layer."""
+    cls = type(module)
+    if cls.__module__.startswith(("torch.", "fastnorm.")):
+        return
+    called = _called(cls.forward)
+    found = {
+        short: layers[0].__name__
+        for function, short, layers in _FUNCTIONS
+        if any(one is function for one in called) and any(layer in chosen for layer in layers)
+    }
+    for short, layer in found.items():
+        yield Note(
+            name,
+            f"its forward calls {short}, and replace_ changes layers alone: a {layer} would be "
+            f"replaced, fastnorm.functional.{short} is ours",
+        )
+
+
+def of_model(model: nn.Module, chosen: Collection[type[nn.Module]]) -> Iterator[Note]:
+    """What replace_ does not change though there is something of ours for it."""
+    for name, module in model.named_modules():
+        yield from _functions(module, name, chosen)
+        if type(module) is nn.SyncBatchNorm and any(norm in chosen for norm in _BATCH_NORMS):
+            yield Note(name, "torch's SyncBatchNorm: fastnorm.convert_sync_batchnorm makes it ours")
+        if _WeightNorm in chosen and any(
+            isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()
+        ):
+            yield Note(
+                name,
+                "weight norm by a hook, which stays torch's: take torch.nn.utils.remove_weight_norm"
+                " and fastnorm.weight_norm instead",
+            )
+
+
+def one_by_one(names: Collection[str]) -> Iterator[Note]:
+    """What weight-normed tensors lose that are computed where they are read."""
+    if len(names) > 1:
+        for name in names:
+            yield Note(
+                name, "computed by itself: fastnorm.weight_norm_(model) computes all of them in one"
+            )
+
+
+def of_call(node: fx.Node, name: str) -> Iterator[Note]:
+    """What a layer norm loses by the input that a traced forward gives it."""
+    source = node.args[0] if node.args else None
+    if isinstance(source, fx.Node):
+        target = source.target
+        called = target if isinstance(target, str) else getattr(target, "__name__", "")
+        if source.op in ("call_method", "call_function") and called in _PERMUTES:
+            yield Note(
+                name,
+                f"its input is a view by {called}, read across its strides: of images it lies in "
+                "rows where the model is torch.channels_last",
+            )
