@@ -68,7 +68,9 @@ def test_every_default_target_and_back():
     model = network()
     before, keys = snapshot(model), list(model.state_dict())
     report = replace_(model)
-    assert report.changed == len(replacements()) == 8
+    # beside those of other packages that another test may have imported
+    torchs = [cls for cls in replacements() if cls.__module__.startswith("torch.")]
+    assert report.changed == len(torchs) == 8
     assert report.skipped == 0
     assert type(model[0].parametrizations.weight[0]) is weight_norm.WeightNorm
     assert list(model.state_dict()) == keys

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from benchmarks.report.style import new_figure, to_png
-from benchmarks.training_file import LIMIT, Trained, Training, limit, share
+from benchmarks.training_file import LIMIT, Trained, Training, faults, limit, share
 
 # torch's first run is wide and pale, so that ours is seen upon it
 STYLES = (
@@ -39,20 +40,21 @@ def _losses(panel: Any, trained: Trained) -> None:
 
 
 def _distances(panel: Any, trained: Trained) -> None:
-    """How far the losses of the other runs are from torch's first."""
+    """How far the losses of the other runs have been from torch's first up to each step."""
     first, *others = trained.losses
     styles = _styles(list(trained.losses))
     for name in others:
         pairs = zip(trained.losses[name], trained.losses[first], strict=False)
         apart = [max(abs(a - b) / abs(b), LEAST) if b else LEAST for a, b in pairs]
-        panel.plot(range(1, len(apart) + 1), apart, **styles[name])
+        panel.plot(range(1, len(apart) + 1), list(accumulate(apart, max)), **styles[name])
     panel.set_yscale("log")
-    panel.set_ylabel("relative distance from\ntorch's loss (equal: 1e-9)")
+    panel.set_ylabel("largest relative distance so far\nfrom torch's loss (equal: 1e-9)")
     panel.set_xlabel("step")
 
 
 def _tensors(panel: Any, trained: Trained) -> None:
-    """A point per tensor: what torch's runs spread, and how far ours is."""
+    """A point per tensor that is not the same in every run: what torch's runs spread, and how far
+    ours is."""
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_xlabel("largest distance between two of torch's runs")
@@ -60,7 +62,8 @@ def _tensors(panel: Any, trained: Trained) -> None:
     if trained.compared is None:
         panel.text(0.5, 0.5, "interrupted: nothing compared", transform=panel.transAxes)
         return
-    pairs = [(max(x, LEAST), max(y, LEAST)) for x, y in trained.compared.tensors.values()]
+    every = trained.compared.tensors.values()
+    pairs = [(max(x, LEAST), max(y, LEAST)) for x, y in every if x or y]
     low, high = min(x for x, _ in pairs) / 2, max(x for x, _ in pairs) * 2
     line = [low * (high / low) ** (i / 50) for i in range(51)]
     panel.plot(line, line, color="black", lw=1, ls=":", label="as far as torch from itself")
@@ -72,9 +75,11 @@ def _tensors(panel: Any, trained: Trained) -> None:
         label=f"limit: {LIMIT:g}x and one rounding",
     )
     panel.scatter(*zip(*pairs, strict=True), s=26, color=OURS["color"], label="a final tensor")
-    worst = max(map(share, trained.compared.tensors.values()))
-    told = f"{len(pairs)} tensors, the worst at {worst:.2f} of its limit"
-    panel.legend(loc="upper left", fontsize=9, title=told, title_fontsize=9)
+    worst = max(map(share, every))
+    equal = f" ({len(every) - len(pairs)} equal in all runs)" if len(every) > len(pairs) else ""
+    told = f"{len(every)} final tensors{equal}, the worst at {worst:.2f} of its limit"
+    panel.set_title(told, fontsize=10)
+    panel.legend(loc="best", fontsize=9)
 
 
 def curves_picture(training: Training) -> bytes:
@@ -91,8 +96,10 @@ def curves_picture(training: Training) -> bytes:
     figure.legend(handles, names, loc="outside lower center", ncols=len(names))
     where = "on a CPU, " if environment.on_cpu else ""
     told = training.settings
+    wrong = [trained.name for trained in models if faults(trained)]
+    verdict = f"NOT the same training: {', '.join(wrong)};" if wrong else "The same training"
     figure.suptitle(
-        f"The same training {where}{told['steps']} steps of {told['batch']} digits, "
+        f"{verdict} {where}{told['steps']} steps of {told['batch']} digits, "
         f"fastnorm's backend: {told['backend']}\n{environment.device}, fastnorm "
         f"{environment.fastnorm} at {environment.commit[:10]}, torch {environment.torch}, "
         f"{environment.timestamp[:10]}",

@@ -31,6 +31,16 @@ def leaf(module: nn.Module, *inputs: Any) -> Tensor:
     return output
 
 
+def twin_of(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """The layer as one of ``cls``, which it was derived from: the same parameters, nothing of
+    ours."""
+    twin = copy.copy(module)
+    for name in ("_fastnorm_origin", "activation", "autocast"):
+        twin.__dict__.pop(name, None)
+    twin.__class__ = cls
+    return twin
+
+
 class Scriptable:
     """Gives torch.jit.script torch's own layer, with the same parameters, for one of ours."""
 
@@ -44,8 +54,4 @@ class Scriptable:
                 "torch.jit.script, and before ONNX made of it, to undo fuse_; or use torch.export, "
                 "torch.jit.trace or torch.onnx.export, which take the model as it is"
             )
-        twin: nn.Module = copy.copy(module)
-        for name in ("_fastnorm_origin", "activation", "autocast"):
-            twin.__dict__.pop(name, None)
-        twin.__class__ = torchs
-        return twin
+        return twin_of(module, torchs)

@@ -8,7 +8,7 @@ from timm.layers import activations, norm_act
 from torch import Tensor, nn
 
 from fastnorm.modules.batch_norm import fused
-from fastnorm.modules.programs import Proxy, leaf
+from fastnorm.modules.programs import Proxy, leaf, twin_of
 from fastnorm.ops.layer_norm import layer_norm
 from fastnorm.surgery.folding import activation_of, hooked
 
@@ -35,6 +35,9 @@ class BatchNormAct2d(norm_act.BatchNormAct2d):  # type: ignore[misc]
             return super().forward(x)  # type: ignore[no-any-return]
         return fused(self, x, name)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return twin_of(self, norm_act.BatchNormAct2d)
+
 
 class LayerNormAct(norm_act.LayerNormAct):  # type: ignore[misc]
     """timm's, its activation in the same pass; its own forward where it has a drop layer, an
@@ -49,6 +52,9 @@ class LayerNormAct(norm_act.LayerNormAct):  # type: ignore[misc]
         shape, weight, bias = self.normalized_shape, self.weight, self.bias
         y: Any = layer_norm(x, shape, weight, bias, self.eps, activation=name)
         return y  # type: ignore[no-any-return]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return twin_of(self, norm_act.LayerNormAct)
 
 
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {

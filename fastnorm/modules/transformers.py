@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import activations
 
-from fastnorm.modules.programs import Proxy, leaf
+from fastnorm.modules.programs import Proxy, leaf, twin_of
 from fastnorm.ops.activation import activation
 
 _NAMES = {
@@ -22,11 +22,15 @@ _NAMES = {
 
 class _Activation(nn.Module):
     name: str
+    theirs: type[nn.Module]
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return leaf(self, input)
         return activation(input, self.name)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return twin_of(self, self.theirs)
 
 
 def _classes() -> dict[type[nn.Module], Any]:
@@ -35,7 +39,9 @@ def _classes() -> dict[type[nn.Module], Any]:
     for cls, name in _NAMES.items():
         theirs = getattr(activations, cls, None)
         if theirs is not None:
-            ours = type(cls, (_Activation, theirs), {"name": name, "__module__": __name__})
+            ours = type(
+                cls, (_Activation, theirs), {"name": name, "theirs": theirs, "__module__": __name__}
+            )
             found[theirs] = globals()[cls] = ours
     return found
 
