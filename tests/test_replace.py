@@ -315,6 +315,9 @@ def test_functions_that_stay_torchs_are_noted():
     assert "note: 0, 1: its forward calls silu" in str(report)
     assert "a SiLU would be replaced, fastnorm.functional.silu is ours" in str(report)
     assert report.changed == 4
+    # torch's own layers hold a function where a layer could be
+    report = replace_(nn.Sequential(nn.TransformerEncoderLayer(8, 2, activation=F.gelu)))
+    assert told(report) == [("0", text.format("gelu"))]
     # only what was asked for, and no class but the chosen ones is looked into
     assert told(replace_(CallsFunctions(), targets=["SiLU"])) == [("", text.format("silu"))]
     assert "note: the model: its" in str(replace_(CallsFunctions(), targets="SiLU"))

@@ -70,11 +70,10 @@ def _called(function: Any) -> tuple[Any, ...]:
 
 
 def _functions(module: nn.Module, name: str, chosen: Collection[type[nn.Module]]) -> Iterator[Note]:
-    """A forward that calls what replace_ only finds as a layer."""
+    """A forward that calls, or an attribute that holds, what replace_ only finds as a layer."""
     cls = type(module)
-    if cls.__module__.startswith(("torch.", "fastnorm.")):
-        return
-    called = _called(cls.forward)
+    theirs = cls.__module__.startswith(("torch.", "fastnorm."))
+    called = (*(() if theirs else _called(cls.forward)), *module.__dict__.values())
     found = {
         short: layers[0].__name__
         for function, short, layers in _FUNCTIONS
