@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,3 +58,17 @@ class VisionTransformer(nn.Module):
         x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
         y: Tensor = self.head(self.norm(self.blocks(x)).mean(1))
         return y
+
+
+def exchanged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of the same function, of this model or a convolutional one, of images whose rows
+    are their columns; its own inverse."""
+
+    def one(name: str, t: Tensor) -> Tensor:
+        if name == "positions":  # [1, rows * columns, width]
+            side = math.isqrt(t.size(1))
+            grid: Tensor = t.unflatten(1, (side, side))
+            return grid.transpose(1, 2).flatten(1, 2)
+        return t.transpose(2, 3).contiguous() if t.dim() == 4 else t
+
+    return {name: one(name, t) for name, t in state.items()}
