@@ -31,9 +31,21 @@ def _put_back(buffers: tuple[Tensor | None, ...], moved: tuple[Tensor | None, ..
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(*key: Any) -> Any:
-    """The last part of the key is the device, whose size the plan depends on."""
-    return extension().batch_norm_plan(*key[:-1])
+def _plan(
+    shape: torch.Size, strides: tuple[int, ...], y_strides: tuple[int, ...], dtype: torch.dtype,
+    device: torch.device, *rest: Any,
+) -> Any:  # fmt: skip
+    # tensors without data: what decides is looked up by shape and strides, and views cost time
+    view, out = (
+        layout.planes(torch.empty_strided(shape, steps, dtype=dtype, device="meta"))
+        for steps in (strides, y_strides)
+    )
+    assert view is not None
+    assert out is not None
+    y_last = out.size(1) > 1 and out.stride(1) == 1
+    return extension().batch_norm_plan(
+        *view.shape, *view.stride(), y_last, dtype_code(dtype), *rest
+    )
 
 
 def plan(
@@ -46,24 +58,10 @@ def plan(
     extras: int,
 ) -> Any:
     """Cut x (any strides that layout.to_planes leaves) and y (dense, layout.planes_like)."""
-    view, out = layout.planes(x), layout.planes(y)
-    assert view is not None
-    assert out is not None
-    y_last = out.size(1) > 1 and out.stride(1) == 1
     return _plan(
-        *view.shape,
-        *view.stride(),
-        y_last,
-        dtype_code(x.dtype),
-        activation_code(activation),
-        backward,
-        one_pass,
-        operands,
-        extras,
-        FORM,
-        BATCHES,
-        x.device,
-    )
+        x.shape, x.stride(), y.stride(), x.dtype, x.device,
+        activation_code(activation), backward, one_pass, operands, extras, FORM, BATCHES,
+    )  # fmt: skip
 
 
 def workspace(x: Tensor, p: Any) -> Tensor | None:

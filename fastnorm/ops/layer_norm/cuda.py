@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -157,13 +158,17 @@ def backward_plan(shape: Shape, dy_size: int, wants_dx: bool, wanted: int, limit
     )  # fmt: skip
 
 
-def _turned(x: Tensor, dims: int, backward: bool) -> int:
+Rows = tuple[int, int, int]  # strides of a batch, a row and a column
+Layout = tuple[tuple[int, ...], torch.dtype]  # a tensor's strides and dtype
+
+
+def _turned(x: Tensor, dims: int, backward: bool, limits: Limits) -> int:
     """Up to how many columns adjacent rows are read in place: where whole rows are in registers."""
     cols = math.prod(x.shape[x.dim() - dims :])
-    return LIMITS.transposed_cols if in_registers(cols, x.element_size(), LIMITS, backward) else 0
+    return limits.transposed_cols if in_registers(cols, x.element_size(), limits, backward) else 0
 
 
-def _shape(views: list[Tensor]) -> Shape:
+def _shape(views: Sequence[Tensor], device: torch.device) -> Shape:
     x = views[0]
     return Shape(
         rows=x.size(0) * x.size(1),
@@ -171,15 +176,51 @@ def _shape(views: list[Tensor]) -> Shape:
         cols=x.size(2),
         size=x.element_size(),
         transposed=sum(map(rows_adjacent, views)),
-        processors=launch.processors(x.device),
+        processors=launch.processors(device),
     )
 
 
-def _rows(view: Tensor | None) -> tuple[int, int, int, int]:
-    if view is None:
-        return 0, 0, 0, 1
-    batch, row, column = view.stride()
-    return view.data_ptr(), batch, row, column
+def _views(dims: int, backward: bool, limits: Limits, tensors: Sequence[Tensor]) -> list[Tensor]:
+    alone = backward or len(tensors) == 1  # a forward with a residual has no room for tiles of both
+    turned = _turned(tensors[0], dims, backward, limits) if alone else 0
+    return in_place(dims, turned, *tensors)
+
+
+@functools.lru_cache(maxsize=4096)
+def _seen(
+    dims: int, backward: bool, limits: Limits, device: torch.device, shape: torch.Size,
+    *layouts: Layout,
+) -> tuple[Shape, list[Rows]] | None:  # fmt: skip
+    """How kernels read tensors of one shape and these layouts where they lie; None where they read
+    copies. Decided on tensors without data: a look at shape and strides is all that a call pays."""
+    tensors = [
+        torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+        for strides, dtype in layouts
+    ]
+    views = _views(dims, backward, limits, tensors)
+    for x, view in zip(tensors, views, strict=True):
+        if view.untyped_storage()._cdata != x.untyped_storage()._cdata:
+            return None
+    return _shape(views, device), [(*view.stride(),) for view in views]  # type: ignore[misc]
+
+
+def _look(
+    dims: int, backward: bool, *tensors: Tensor
+) -> tuple[Shape, list[tuple[int, int, int, int]], Sequence[Tensor]]:
+    """What kernels see of tensors of one shape, each as address and strides, and the tensors that
+    lie there."""
+    x = tensors[0]
+    layouts = [(t.stride(), t.dtype) for t in tensors]
+    found = _seen(dims, backward, LIMITS, x.device, x.shape, *layouts)
+    if found is None:
+        tensors = tuple(_views(dims, backward, LIMITS, tensors))
+        found = _shape(tensors, x.device), [(*t.stride(),) for t in tensors]  # type: ignore[misc]
+    shape, strides = found
+    rows = [(t.data_ptr(), *step) for t, step in zip(tensors, strides, strict=True)]
+    return shape, rows, tensors
+
+
+NOTHING = (0, 0, 0, 1)  # the rows of a tensor that is absent
 
 
 def layer_norm_forward(
@@ -202,8 +243,7 @@ def layer_norm_forward(
         rstd.fill_(math.nan)
         return
     tensors = (x,) if residual is None else (x, residual)
-    views = in_place(dims, _turned(x, dims, backward=False) if residual is None else 0, *tensors)
-    shape = _shape(views)
+    shape, rows, _alive = _look(dims, False, *tensors)
     plan = forward_plan(shape, LIMITS)
     partials = counters = None
     if plan.ticket:
@@ -212,7 +252,7 @@ def layer_norm_forward(
     weight, bias = dense(weight), dense(bias)
     extension().layer_norm_forward(
         array(y), address(total), mean.data_ptr(), rstd.data_ptr(),
-        _rows(views[0]), _rows(None if residual is None else views[1]), array(weight), array(bias),
+        rows[0], NOTHING if residual is None else rows[1], array(weight), array(bias),
         address(partials), address(counters), eps, shape.rows, shape.batch_rows, shape.cols,
         activation_code(activation), plan, dtype_code(x.dtype), stream(x),
     )  # fmt: skip
@@ -243,8 +283,7 @@ def layer_norm_backward(
         dy = dy.to(x.dtype)
     if dy.dtype != x.dtype:  # tiles are turned round in the dtype of x
         dy = dy.contiguous()
-    views = in_place(dims, _turned(x, dims, backward=True), x, dy)
-    shape = _shape(views)
+    shape, rows, _alive = _look(dims, True, x, dy)
     plan = backward_plan(shape, dy.element_size(), dx is not None, wanted, LIMITS)
     wide, M, N = wide_dtype(x), shape.rows, shape.cols
     parts = partials = totals = counters = None
@@ -259,7 +298,7 @@ def layer_norm_backward(
     dsum = None if dsum is None else dsum.contiguous()
     extension().layer_norm_backward(
         address(dx), array(dweight), array(dbias),
-        _rows(views[0]), _rows(views[1]), dtype_code(dy.dtype), address(dsum),
+        rows[0], rows[1], dtype_code(dy.dtype), address(dsum),
         array(weight), array(bias), mean.data_ptr(), rstd.data_ptr(),
         address(parts), address(partials), address(totals), address(counters),
         M, shape.batch_rows, N, activation_code(activation), plan, dtype_code(x.dtype), stream(x),
