@@ -77,7 +77,7 @@ def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) 
         if backend == "reference":
             return implementation(*inputs)
         outputs = allocate(*inputs)
-        given = _as_tuple(outputs)
+        given = outputs if type(outputs) is tuple else _as_tuple(outputs)
         if x.is_cuda and x.get_device() != torch._C._cuda_getDevice():
             with torch.cuda.device(x.device):  # kernels launch on the current one
                 implementation(*inputs, *given)
@@ -87,7 +87,7 @@ def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) 
 
     def call(*inputs: Any) -> Any:
         given = inputs[:tensors]
-        if not isinstance(given[0], Tensor):
+        if type(given[0]) is list:
             given = tuple(x for part in given for x in (part if isinstance(part, list) else [part]))
         return run(*inputs) if _unobserved(given) else overload(*inputs)
 
