@@ -233,7 +233,10 @@ __device__ __forceinline__ void activate(Activation which, W (&z)[n]) {
 // The last block to come (others may spin on them until then) leaves all counters zero.
 __device__ __forceinline__ void leave_zero(unsigned* counters, long count) {
     if (!arrive_last(counters + 1, gridDim.x)) return;
-    for (long i = threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
+    if (threadIdx.x == 0) counters[0] = 0;
+    // the other blocks' steps of this one are atomic, and nothing orders them before a plain store
+    if (threadIdx.x == 0) atomicExch(counters + 1, 0u);
+    for (long i = 2 + threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
 }
 
 // ---- host: whether a launch is kFast ------------------------------------------------------------
