@@ -102,7 +102,7 @@ __device__ __forceinline__ void store_row(T* p, const Vector<T>& v, int rest, bo
 // Where a row of a [batches, batch_rows, cols] view begins.
 __device__ __forceinline__ long row_offset(const Rows& m, long row, long rows, long batch_rows) {
     if (batch_rows == rows) return row * m.row;
-    // a 64-bit division is a subroutine: rows in several batches are fewer than 2^32
+    // a 64-bit division is a subroutine: rows in several batches are fewer than 2^31
     const long batch = unsigned(row) / unsigned(batch_rows);
     return batch * m.batch + (row - batch * batch_rows) * m.row;
 }
