@@ -45,6 +45,16 @@ class Oracle:
     with_gradients: bool = True
     _kept: list[tuple[slice, dict[str, Tensor]]] = field(default_factory=list)
 
+    def shapes(self, with_gradients: bool) -> dict[str, torch.Size]:
+        """Every result of the problem: outputs, gradients where wanted, running statistics."""
+        found = {f"y{i}": dy.shape for i, dy in enumerate(self.dys)}
+        for name, t in self.tensors.items():
+            if not t.requires_grad:
+                found[name] = t.shape
+            elif with_gradients and self.with_gradients:
+                found[f"d{name}"] = t.shape
+        return found
+
     def parts(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
         """(part of the split dimension, exact results); a single part is computed once."""
         if self._kept:
@@ -84,22 +94,24 @@ def take(x: Tensor, dim: int | None, part: slice) -> Tensor:
     return x if dim is None else x.narrow(dim, part.start, part.stop - part.start)
 
 
-def errors(results: dict[str, Tensor], oracle: Oracle) -> dict[str, float]:
-    """The relative error of every result; infinite where it is not a number or of another shape."""
+def errors(
+    results: dict[str, Tensor], oracle: Oracle, with_gradients: bool = True
+) -> dict[str, float]:
+    """The relative error of every result that the problem has; infinite where it is not there, not
+    a number or of another shape. A call without a backward owes no gradients."""
     dims = OPS[oracle.problem.op].split
-    off: dict[str, float] = dict.fromkeys(results, 0.0)
-    scale: dict[str, float] = dict.fromkeys(results, 0.0)
+    shapes = oracle.shapes(with_gradients)
+    there = {n for n, shape in shapes.items() if n in results and results[n].shape == shape}
+    off: dict[str, float] = {n: 0.0 if n in there else math.inf for n in shapes}
+    scale: dict[str, float] = dict.fromkeys(shapes, 0.0)
     sums: dict[str, Tensor] = {}
 
     def compare(name: str, actual: Tensor, exact: Tensor) -> None:
-        if actual.shape != exact.shape:
-            off[name] = math.inf
-            return
         off[name] += float((actual.double() - exact).square().sum())
         scale[name] += float(exact.square().sum())
 
     for part, exact in oracle.parts():
-        for name in results.keys() & exact.keys():
+        for name in there:
             dim = dims.get(name, dims.get(name[1:]))  # of a gradient: that of its tensor
             if dim is None:
                 sums[name] = sums[name] + exact[name] if name in sums else exact[name]
@@ -107,7 +119,7 @@ def errors(results: dict[str, Tensor], oracle: Oracle) -> dict[str, float]:
                 compare(name, take(results[name], dim, part), exact[name])
     for name, total in sums.items():
         compare(name, results[name], total)
-    relative = {n: math.sqrt(off[n] / (scale[n] or 1.0)) for n in results}
+    relative = {n: math.sqrt(off[n] / (scale[n] or 1.0)) for n in shapes}
     return {name: math.inf if math.isnan(e) else e for name, e in relative.items()}
 
 
@@ -120,10 +132,15 @@ def wrong(
     """What is wrong with these errors, "" if nothing: more than a rounding and far more than
     torch's own. Of a half type a parameter's gradient may be off by that type's rounding, fp32 as
     it is: who rounds x_hat on the way computes the same function, less accurately."""
+
+    def allowed(name: str) -> float:
+        return SAME * torchs[name] + max(ROUNDING[results[name].dtype], ROUNDING[dtype])
+
     complaints = [
-        f"{name}: error {error:.1e} (torch's is {torchs.get(name, 0.0):.1e})"
+        f"{name}: error {error:.1e} (torch's is {torchs[name]:.1e})"
+        if name in results
+        else f"{name} was not returned"
         for name, error in found.items()
-        if not error
-        <= SAME * torchs.get(name, 0.0) + max(ROUNDING[results[name].dtype], ROUNDING[dtype])
+        if name not in results or not error <= allowed(name)
     ]
     return "wrong result: " + ", ".join(complaints) if complaints else ""

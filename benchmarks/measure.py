@@ -75,11 +75,11 @@ class Stage:
         """(error, torch's error, what is wrong), the error being the largest, of a call that is
         bound to these tensors."""
         results = self.results(call, tensors)
-        found = correctness.errors(results, self.oracle)
+        found = correctness.errors(results, self.oracle, call.backward is not None)
         dtype = DTYPES[self.problem.dtype]
         complaint = correctness.wrong(found, self.torch_errors, results, dtype)
         worst = max(found, key=lambda name: found[name])
-        return found[worst], self.torch_errors.get(worst, 0.0), complaint
+        return found[worst], self.torch_errors[worst], complaint
 
     def owned(self, mode: str) -> int:
         """Bytes of the tensors that a call of this mode is given."""

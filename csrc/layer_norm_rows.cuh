@@ -102,7 +102,7 @@ __device__ __forceinline__ void store_row(T* p, const Vector<T>& v, int rest, bo
 // Where a row of a [batches, batch_rows, cols] view begins.
 __device__ __forceinline__ long row_offset(const Rows& m, long row, long rows, long batch_rows) {
     if (batch_rows == rows) return row * m.row;
-    // a 64-bit division is a subroutine: rows in several batches are fewer than 2^32
+    // a 64-bit division is a subroutine: rows in several batches are fewer than 2^31
     const long batch = unsigned(row) / unsigned(batch_rows);
     return batch * m.batch + (row - batch * batch_rows) * m.row;
 }
@@ -233,7 +233,10 @@ __device__ __forceinline__ void activate(Activation which, W (&z)[n]) {
 // The last block to come (others may spin on them until then) leaves all counters zero.
 __device__ __forceinline__ void leave_zero(unsigned* counters, long count) {
     if (!arrive_last(counters + 1, gridDim.x)) return;
-    for (long i = threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
+    if (threadIdx.x == 0) counters[0] = 0;
+    // the other blocks' steps of this one are atomic, and nothing orders them before a plain store
+    if (threadIdx.x == 0) atomicExch(counters + 1, 0u);
+    for (long i = 2 + threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
 }
 
 // ---- host: whether a launch is kFast ------------------------------------------------------------

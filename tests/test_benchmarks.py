@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 
 import fastnorm
 from benchmarks import correctness, models, ops, small, suites
+from benchmarks.calls import Call, Gradients, Provider
 from benchmarks.floors import floor_bytes
 from benchmarks.jobs import OpJob, plan
 from benchmarks.measure import Bench, Stage
 from benchmarks.models import MODELS
-from benchmarks.ops import OPS
+from benchmarks.ops import OPS, Tensors
 from benchmarks.peers import Peer
 from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
@@ -103,6 +105,54 @@ def test_running_statistics_are_checked() -> None:
     assert not row.ok
     assert "running_mean" in row.note
     assert "running_var" in row.note
+
+
+@dataclass(frozen=True)
+class Lazy(Provider):
+    """torch, but for one result that it keeps to itself."""
+
+    lacks: str = ""
+
+    def bind(self, problem: Problem, tensors: Tensors) -> Call:
+        call = PROVIDERS["torch"].bind(problem, tensors)
+        if self.lacks == "backward":
+            return replace(call, backward=None)
+        if self.lacks.startswith("y"):
+            return replace(call, outputs=lambda result: result[:1])
+        kept = [i for i, name in enumerate(call.names) if name != self.lacks]
+
+        def backward(result: Any, dys: tuple[torch.Tensor, ...]) -> Gradients:
+            assert call.backward is not None
+            gradients = call.backward(result, dys)
+            return tuple(gradients[i] for i in kept)
+
+        return replace(call, backward=backward, names=tuple(call.names[i] for i in kept))
+
+
+@pytest.mark.parametrize("lacks", ["y1", "dresidual", "dweight", "dbias"])
+def test_a_result_that_is_not_returned_is_wrong(lacks: str) -> None:
+    problem = Problem("layer_norm", "residual", (4, 8), "rows", "float32")
+    (row,) = Bench("cpu").rows(problem, Lazy("lazy", lacks=lacks))
+    assert (row.ok, row.ms_median, row.error) == (False, None, math.inf)
+    assert row.note == f"wrong result: {lacks} was not returned"
+
+
+def test_a_call_without_backward_owes_no_gradients() -> None:
+    problem = Problem("layer_norm", "residual", (4, 8), "rows", "float32")
+    stage = Stage(problem, "cpu")
+    tensors = stage.fresh()
+    error, _, complaint = stage.check(Lazy("", lacks="backward").bind(problem, tensors), tensors)
+    assert complaint == ""
+    assert error < 1e-6
+
+
+def test_a_result_of_another_shape_is_wrong() -> None:
+    problem = Problem("activation", "gelu", (8,), "flat", "float32")
+    stage = Stage(problem, "cpu")
+    tensors = stage.fresh()
+    call = PROVIDERS["torch"].bind(problem, tensors)
+    call = replace(call, outputs=lambda y: torch.cat([y, y]), backward=None)
+    assert stage.check(call, tensors)[2].startswith("wrong result: y0: error inf")
 
 
 def test_oracle_in_parts_is_the_oracle_in_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,11 @@ def _shape(views: Sequence[Tensor], device: torch.device) -> Shape:
 def _views(dims: int, backward: bool, limits: Limits, tensors: Sequence[Tensor]) -> list[Tensor]:
     alone = backward or len(tensors) == 1  # a forward with a residual has no room for tiles of both
     turned = _turned(tensors[0], dims, backward, limits) if alone else 0
-    return in_place(dims, turned, *tensors)
+    views = in_place(dims, turned, *tensors)
+    batches, rows, _ = views[0].shape
+    if batches > 1 and batches * rows >= 1 << 31:  # kernels tell batches apart in 32 bits
+        views = in_place(dims, 0, *(x.contiguous() for x in tensors))
+    return views
 
 
 @functools.lru_cache(maxsize=4096)
