@@ -24,12 +24,16 @@ class Torch(Provider):
 
 @dataclass(frozen=True)
 class Compiled(Provider):
+    def active(self) -> contextlib.AbstractContextManager[Any]:
+        # backward runs many times over one forward: its buffers must not be given away. Elsewhere
+        # they may: a model's step would need more memory without
+        config: Any = importlib.import_module("torch._functorch.config")
+        patched: contextlib.AbstractContextManager[Any] = config.patch(donated_buffer=False)
+        return patched
+
     def bind(self, problem: Problem, tensors: Tensors) -> Call:
         # a compiled function forgets nothing: after eight shapes it would run eagerly, in silence
         torch._dynamo.reset()
-        # backward runs many times over one forward: its buffers must not be given away
-        config: Any = importlib.import_module("torch._functorch.config")
-        config.donated_buffer = False
         function = torch.compile(OPS[problem.op].torch(problem), dynamic=False, fullgraph=True)
         return through_autograd(function, tensors)
 
