@@ -22,6 +22,8 @@ from benchmarks.calls import Call, Gradients, Provider, through_autograd
 from benchmarks.ops import OPS, Tensors
 from benchmarks.problems import Problem
 
+BELOW_AUTOGRAD = "called below autograd, which the others go through"
+
 
 @dataclass(frozen=True)
 class Peer(Provider):
@@ -78,6 +80,7 @@ def _quack_layer_norm(problem: Problem, tensors: Tensors) -> Call:
         backward,
         ("dx", "dweight", "dbias"),
         lambda result: result[0].view(problem.shape),
+        BELOW_AUTOGRAD,
     )
 
 
@@ -98,6 +101,7 @@ def _gems_batch_norm(problem: Problem, tensors: Tensors) -> Call:
         backward,
         ("dx", "dweight", "dbias"),
         lambda result: result[0],
+        BELOW_AUTOGRAD,
     )
 
 
@@ -117,6 +121,7 @@ def _gems_layer_norm(problem: Problem, tensors: Tensors) -> Call:
         backward,
         ("dx", "dweight", "dbias"),
         lambda result: result[0].view(problem.shape),
+        BELOW_AUTOGRAD,
     )
 
 
@@ -129,7 +134,11 @@ def _gems_weight_norm(problem: Problem, tensors: Tensors) -> Call:
         return gems.weight_norm_interface_backward(dys[0], v, g, result[1], dim)  # type: ignore[no-any-return]
 
     return Call(
-        lambda: gems.weight_norm_interface(v, g, dim), backward, ("dv0", "dg0"), lambda r: r[0]
+        lambda: gems.weight_norm_interface(v, g, dim),
+        backward,
+        ("dv0", "dg0"),
+        lambda result: result[0],
+        BELOW_AUTOGRAD,
     )
 
 
@@ -143,7 +152,12 @@ def _gems_activation(name: str, **options: str) -> Callable[[Problem, Tensors], 
         def backward(result: Any, dys: tuple[Tensor, ...]) -> Gradients:
             return (gradient(dys[0], x, **options),)  # type: ignore[misc]
 
-        return Call(lambda: forward(x, **options), backward if gradient else None, ("dx",))
+        return Call(
+            lambda: forward(x, **options),
+            backward if gradient else None,
+            ("dx",),
+            note=BELOW_AUTOGRAD,
+        )
 
     return bind
 
@@ -160,7 +174,7 @@ def _inplace_abn(problem: Problem, tensors: Tensors) -> Call:
     return Call(
         lambda: function(x, weight, *others, True, 0.1, 1e-5, "identity"),
         None,
-        note="writes over its input",
+        note="writes over its input; called without gradients",
     )
 
 
