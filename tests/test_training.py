@@ -20,16 +20,25 @@ from benchmarks import training, training_file
 from benchmarks.__main__ import main
 from benchmarks.schema import ResultsError
 from benchmarks.training_file import LIMIT, ROUNDING, Compared, Trained, Training, faults
+from benchmarks.vit import exchanged
 from fastnorm.demo import own_resnet
 from fastnorm.ops.registry import _implementation
+from tests.conftest import AVAILABLE
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "training"
 STEPS, BATCH = 6, 8
 
 
-def trains(out: Path, model: str, *more: str) -> int:
-    steps = ("--steps", str(STEPS), "--batch", str(BATCH), "--device", "cpu")
-    return main(["train", "--model", model, *steps, "--out", str(out), *more])
+def trains(out: Path, model: str, *more: str, device: str = "cpu", steps: int = STEPS) -> int:
+    sizes = ("--steps", str(steps), "--batch", str(BATCH), "--device", device)
+    return main(["train", "--model", model, *sizes, "--out", str(out), *more])
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ResNet with a quarter of its channels: a sixteenth of the time."""
+    recipe = replace(training.RECIPES["resnet"], build=lambda: own_resnet(4, nn.SiLU))
+    monkeypatch.setitem(training.RECIPES, "resnet", recipe)
 
 
 def test_both_models_are_the_same_training(
@@ -44,7 +53,7 @@ def test_both_models_are_the_same_training(
     assert kept.settings["backend"] == "reference"
     assert [trained.name for trained in kept.models] == ["resnet", "vit"]
     for trained in kept.models:
-        assert list(trained.losses) == training.names()
+        assert list(trained.losses) == list(training.NAMES)
         assert {len(losses) for losses in trained.losses.values()} == {STEPS}
         assert trained.compared is not None and trained.compared.all[0] > 0, "torch's runs differ"
     resnet, vit = kept.models
@@ -56,6 +65,15 @@ def test_both_models_are_the_same_training(
         judged
     )
     assert main(["train", "--device", "cpu", "--out", str(out)]) == 2, "never overwritten"
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("model", training.RECIPES)
+@pytest.mark.parametrize("backend", [name for name in AVAILABLE if name != "reference"])
+def test_kernels_train_the_same(model: str, backend: str, device: str, tmp_path: Path) -> None:
+    if device == "cpu" and backend == "triton":
+        pytest.skip("up to a minute in the interpreter; every op is compared there by itself")
+    assert trains(tmp_path / "t.json", model, "--backend", backend, device=device, steps=3) == 0
 
 
 def momentum(model: nn.Module) -> None:
@@ -79,13 +97,6 @@ def uncounted(model: nn.Module) -> None:
 
 def restored(model: nn.Module) -> None:
     fastnorm.restore_(model)
-
-
-@pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ResNet with a quarter of its channels: a sixteenth of the time."""
-    recipe = replace(training.RECIPES["resnet"], build=lambda: own_resnet(4, nn.SiLU))
-    monkeypatch.setitem(training.RECIPES, "resnet", recipe)
 
 
 @pytest.mark.usefixtures("narrow")
@@ -154,6 +165,7 @@ def test_runs_of_torch_that_do_not_differ_show_nothing(
 ) -> None:
     same = training.batches
     monkeypatch.setattr(training, "batches", lambda steps, batch, order: same(steps, batch, 0))
+    monkeypatch.setattr(training, "TRANSPOSED", "nobody")
     assert trains(tmp_path / "t.json", "vit") == 1
     assert "torch's own runs are equal to the last bit" in capsys.readouterr().out
 
@@ -169,7 +181,7 @@ def test_an_interrupted_run_leaves_what_it_has(
     with pytest.raises(KeyboardInterrupt):
         trains(out, "vit")
     (trained,) = training_file.load(out).models
-    assert list(trained.losses) == training.names()[:-1]
+    assert list(trained.losses) == list(training.NAMES[:-1])
     assert faults(trained) == ["it was interrupted: nothing was compared"]
 
 
@@ -179,6 +191,19 @@ def test_orders_hold_the_same_images() -> None:
         for one, two in zip(plain, other, strict=True):
             assert not torch.equal(one, two)
             assert torch.equal(one.sort().values, two.sort().values)
+
+
+@pytest.mark.parametrize("name", training.RECIPES)
+def test_exchanged_rows_and_columns_are_the_same_function(name: str) -> None:
+    model = training.RECIPES[name].build().double()
+    x = torch.randn(2, 3, training.SIZE, training.SIZE, dtype=torch.float64)
+    y = model(x)
+    there = exchanged(model.state_dict())
+    assert not torch.equal(model(x.mT), y), "the images do not look like that"
+    back = exchanged(there)
+    assert all(torch.equal(t, back[key]) for key, t in model.state_dict().items())
+    model.load_state_dict(there)
+    torch.testing.assert_close(model(x.mT), y, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(

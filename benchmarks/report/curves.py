@@ -64,6 +64,7 @@ def _tensors(panel: Any, trained: Trained) -> None:
         return
     every = trained.compared.tensors.values()
     pairs = [(max(x, LEAST), max(y, LEAST)) for x, y in every if x or y]
+    pairs = pairs or [(LEAST, LEAST)]
     low, high = min(x for x, _ in pairs) / 2, max(x for x, _ in pairs) * 2
     line = [low * (high / low) ** (i / 50) for i in range(51)]
     panel.plot(line, line, color="black", lw=1, ls=":", label="as far as torch from itself")
