@@ -17,6 +17,10 @@ from benchmarks.problems import DTYPES, Problem
 from benchmarks.providers import PROVIDERS
 from benchmarks.schema import Row
 
+HOST_GAPS = "its host time is long: the device may have waited for it within the time"
+SPREAD = 0.1  # of a copy's own times, from which on a row says it
+SPREAD_COPY = f"floor_fraction is as sure as the copy's own times, over {SPREAD:.0%} apart"
+
 
 def first_line(error: BaseException) -> str:
     """An exception in one line of a table."""
@@ -138,17 +142,25 @@ class Bench:
                 raise  # the context is gone with it: this process can measure nothing more
 
     def _timed(self, stage: Stage, call: Call, mode: str, provider: str) -> Row:
-        row = blank(stage.problem, mode, provider, call.note)
+        row = blank(stage.problem, mode, provider)
+        notes = [call.note] if call.note else []
         if mode == "host":
             found = timing.host_time(call.forward, self.device)
         else:
             run = self._run(stage, call, mode)
             row.peak_memory_mib = timing.peak_memory_mib(run, stage.owned(mode), self.device)
             found = timing.device_time(run, self.device)
+            if self.device != "cpu":
+                flush = self.copies.milliseconds(timing.FLUSHED_BYTES)
+                if timing.host_gaps(run, found.median, flush, self.device):
+                    notes.append(HOST_GAPS)
         row.ms_median, row.ms_p20, row.ms_p80 = found
         row.floor_bytes = floor_bytes(stage.problem, mode)
         if row.floor_bytes is not None:
             row.floor_fraction = self.copies.milliseconds(row.floor_bytes) / found.median
+            if self.copies.spread(row.floor_bytes) > SPREAD:
+                notes.append(SPREAD_COPY)
+        row.note = "; ".join(notes)
         return row
 
     def _run(self, stage: Stage, call: Call, mode: str):  # type: ignore[no-untyped-def]

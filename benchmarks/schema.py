@@ -36,7 +36,7 @@ class Environment:
     commit: str
     dirty: bool
     timestamp: str  # UTC, ISO 8601
-    copy_bandwidth_gbs: float  # bytes read + bytes written
+    copy_bandwidth_gbs: float  # bytes read + bytes written, of a copy that no cache holds
     peers: dict[str, str] = field(default_factory=dict)  # name -> version, the installed ones
     note: str = ""
 

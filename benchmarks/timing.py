@@ -3,6 +3,9 @@
 Device time on CUDA is measured with events, the L2 cache flushed before every run, by
 triton.testing.do_bench; on a CPU it is the wall clock, and caches keep what fits in them. Always
 the median, with the 20th and 80th percentile.
+
+Between the two events of a run the device may wait for the host, where a call of many small kernels
+takes the host longer than the flush before it. `host_gaps` tells where, and its row says so.
 """
 
 from __future__ import annotations
@@ -11,15 +14,20 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 WARMUP_MS, MEASURED_MS = 15.0, 60.0  # of one row
 CPU_RUNS = 9  # at least, however long one takes
+GPU_RUNS = 5  # at least
 HOST_CALLS = 2000
 DRAIN = 50  # host calls between two synchronisations: a full launch queue would block
 COPY_BYTES = 1 << 30  # a larger copy is as many times longer: it is bandwidth alone
+CPU_COPY_BYTES = 1 << 27  # on a CPU, or twice its last cache
+COPIES = 5  # times that each size is timed: a busy moment of the machine must not judge every op
+FLUSHED_BYTES = 1 << 28  # what do_bench writes before a run
 
 
 class Timing(NamedTuple):
@@ -49,22 +57,51 @@ def _wall_clock(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def device_time(call: Callable[[], Any], device: str) -> Timing:
-    """The time of a call on the device: L2-cold on CUDA, the wall clock on a CPU."""
+def device_time(
+    call: Callable[[], Any], device: str, spent_ms: float = MEASURED_MS, runs: int = CPU_RUNS
+) -> Timing:
+    """The time of a call on the device: L2-cold on CUDA, the wall clock on a CPU. So long at least,
+    and on a CPU so many runs."""
     if device != "cpu":
         from triton.testing import do_bench
 
-        median, p20, p80 = do_bench(
-            call, warmup=WARMUP_MS, rep=MEASURED_MS, quantiles=[0.5, 0.2, 0.8]
-        )
+        call()
+        # do_bench divides this by an estimate of its own: two more runs than we want
+        spent_ms = max(spent_ms, (GPU_RUNS + 2) * launch_time(call, device).whole)
+        median, p20, p80 = do_bench(call, warmup=WARMUP_MS, rep=spent_ms, quantiles=[0.5, 0.2, 0.8])
         return Timing(median, p20, p80)
-    spent = 0.0
-    while spent < WARMUP_MS:
-        spent += _wall_clock(call)
+    warm = 0.0
+    while warm < WARMUP_MS:
+        warm += _wall_clock(call)
     samples: list[float] = []
-    while len(samples) < CPU_RUNS or sum(samples) < MEASURED_MS:
+    while len(samples) < runs or sum(samples) < spent_ms:
         samples.append(_wall_clock(call))
     return quantiles(samples)
+
+
+class Launch(NamedTuple):
+    """Milliseconds of a call on an idle device: until it returns, until the device is done."""
+
+    host: float
+    whole: float
+
+
+def launch_time(call: Callable[[], Any], device: str) -> Launch:
+    """Of a call that has run before."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    returned = time.perf_counter()
+    synchronize(device)
+    return Launch((returned - start) * 1e3, (time.perf_counter() - start) * 1e3)
+
+
+def host_gaps(call: Callable[[], Any], measured: float, flush: float, device: str) -> bool:
+    """Whether a device time may hold time in which the device waited for the host. It does not
+    where the host is done before the flush is; nor where it needs less than half of what was
+    measured: a device that waits for it is done one kernel later, which the host outlasts."""
+    host = statistics.median(launch_time(call, device).host for _ in range(GPU_RUNS))
+    return host > max(flush, measured / 2)
 
 
 def host_time(call: Callable[[], Any], device: str, calls: int = HOST_CALLS) -> Timing:
@@ -95,28 +132,53 @@ def step_time(step: Callable[[], Any], device: str, steps: int, warmup: int) -> 
     return quantiles(samples)
 
 
+def last_cache_bytes() -> int:
+    """Of a CPU, as Linux tells; 0 where it does not."""
+    levels = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    sizes = [level.read_text().strip() for level in levels]
+    return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=0)
+
+
 @dataclass
 class Copies:
-    """Plain copies on a device, each size timed once in this run: what 1.0 of a floor fraction
-    is."""
+    """Plain copies on a device, each size timed COPIES times in this run: what 1.0 of a floor
+    fraction is. A copy that fits in a CPU's cache runs there, as an op of that size does."""
 
     device: str
 
     def __post_init__(self) -> None:
-        self._known: dict[int, float] = {}
+        self._known: dict[int, Timing] = {}
+
+    def _timing(self, moved: int) -> tuple[Timing, float]:
+        """(of a copy of that size or the largest, how many times as much is to be moved)."""
+        size = max(1, min(moved, COPY_BYTES) // 2)
+        if size not in self._known:
+            # random numbers, eight bytes at a time: a gigabyte is drawn in a second
+            numbers = torch.empty(-(-size // 8), dtype=torch.int64, device=self.device).random_()
+            source = numbers.view(torch.uint8)[:size]
+            target = torch.empty_like(source)
+            timed = [
+                device_time(lambda: target.copy_(source), self.device, MEASURED_MS / COPIES, 2)
+                for _ in range(COPIES)
+            ]
+            self._known[size] = quantiles([timing.median for timing in timed])
+        return self._known[size], max(1.0, moved / (2 * size))
 
     def milliseconds(self, moved: int) -> float:
         """The time of a copy that moves so many bytes, half of them read and half written."""
-        size = max(1, min(moved, COPY_BYTES) // 2)
-        if size not in self._known:
-            source = torch.empty(size, dtype=torch.uint8, device=self.device).random_(0, 256)
-            target = torch.empty_like(source)
-            self._known[size] = device_time(lambda: target.copy_(source), self.device).median
-        return self._known[size] * max(1.0, moved / (2 * size))
+        timing, times = self._timing(moved)
+        return timing.median * times
+
+    def spread(self, moved: int) -> float:
+        """How far its times are apart, the 20th to the 80th percentile of them, to the median."""
+        timing, _ = self._timing(moved)
+        return (timing.p80 - timing.p20) / timing.median
 
     def bandwidth_gbs(self) -> float:
-        """Of a large copy, bytes read and bytes written."""
-        moved = COPY_BYTES if self.device != "cpu" else COPY_BYTES // 8
+        """Of a copy that no cache holds, bytes read and bytes written."""
+        moved = COPY_BYTES
+        if self.device == "cpu":
+            moved = min(moved, max(CPU_COPY_BYTES, 2 * last_cache_bytes()))
         return moved / self.milliseconds(moved) * 1e-6
 
 
