@@ -16,6 +16,8 @@ from benchmarks import peers
 from benchmarks.schema import Environment
 
 ROOT = Path(__file__).parent.parent
+# where a new file may be part of what is measured: not among the measurements themselves
+SOURCES = ("csrc", "fastnorm", "benchmarks", ":!benchmarks/results", ":!benchmarks/tuning")
 
 
 def _version(distribution: str) -> str:
@@ -47,7 +49,8 @@ def processor() -> str:
 
 
 def commit() -> tuple[str, bool]:
-    """(sha, whether files differ from it). A copy without history is told by FASTNORM_COMMIT."""
+    """(sha, whether files differ from it or sources are not in it). A copy without history is told
+    by FASTNORM_COMMIT."""
     told = os.environ.get("FASTNORM_COMMIT")
     if told:
         return told.removesuffix("-dirty"), told.endswith("-dirty")
@@ -55,7 +58,8 @@ def commit() -> tuple[str, bool]:
     if sha is None:
         return "unknown", True
     changed = _output("git", "status", "--porcelain", "--untracked-files=no")
-    return sha, changed != ""
+    new = _output("git", "ls-files", "--others", "--exclude-standard", "--", *SOURCES)
+    return sha, changed != "" or new != ""
 
 
 def environment(device: str, copy_bandwidth_gbs: float, note: str = "") -> Environment:

@@ -58,7 +58,10 @@ step() { # log/name, seconds, command: logged, ended when its time is over, neve
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 if [ -z "${FASTNORM_COMMIT:-}" ] && sha=$(git -C "$top" rev-parse HEAD 2> /dev/null); then
-    [ -z "$(git -C "$top" status --porcelain --untracked-files=no)" ] || sha+=-dirty
+    # as benchmarks/environment.py has it: changes, and sources that are new
+    [ -z "$(git -C "$top" status --porcelain --untracked-files=no
+            git -C "$top" ls-files --others --exclude-standard -- csrc fastnorm benchmarks \
+                ':!benchmarks/results' ':!benchmarks/tuning')" ] || sha+=-dirty
     FASTNORM_COMMIT=$sha
 fi
 export FASTNORM_COMMIT=${FASTNORM_COMMIT:-unknown-dirty}
