@@ -6,10 +6,11 @@ import json
 import math
 import os
 import re
+import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 SCHEMA = 1
 MODES = ("forward", "backward", "forward+backward", "host", "step")
@@ -87,6 +88,7 @@ class Results:
 
 
 _Record = TypeVar("_Record", Environment, Row)
+_TYPES: dict[type, dict[str, Any]] = {cls: get_type_hints(cls) for cls in (Environment, Row)}
 
 
 def _record(cls: type[_Record], given: Any, where: str) -> _Record:
@@ -100,7 +102,28 @@ def _record(cls: type[_Record], given: Any, where: str) -> _Record:
         raise ResultsError(
             f"{where} lacks {missing} and has unknown {unknown}; its fields are {', '.join(names)}"
         )
+    for name, hint in _TYPES[cls].items():
+        if name in given and not _fits(given[name], hint):
+            raise ResultsError(
+                f"{where}: {name} is {given[name]!r}, of type {type(given[name]).__name__}; "
+                f"it is to be {hint.__name__ if isinstance(hint, type) else hint}"
+            )
     return cls(**given)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value that JSON gave is of this type of a field; a whole number is a float too, and
+    true is no number."""
+    parts = get_args(hint)
+    if get_origin(hint) is types.UnionType:
+        return any(_fits(value, part) for part in parts)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(part, parts[0]) for part in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(part, parts[1]) for part in value.values())
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def parse(text: str, where: str) -> Results:

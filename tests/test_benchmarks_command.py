@@ -1,8 +1,7 @@
-"""The benchmarks' command line, its results file, and a run that something goes wrong in."""
+"""The benchmarks' command line, and a run that something goes wrong in."""
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -18,70 +17,10 @@ from benchmarks.__main__ import main, parser
 from benchmarks.calls import Call, Provider
 from benchmarks.environment import environment
 from benchmarks.jobs import Job, OpJob
+from benchmarks.measure import blank
 from benchmarks.ops import Tensors
 from benchmarks.problems import Problem
-from benchmarks.schema import ResultsError, Row
-
-# the results file
-
-
-def a_row(**others: object) -> Row:
-    return Row("activation", "gelu", "forward", [4], "flat", "float32", "torch", **others)  # type: ignore[arg-type]
-
-
-def an_environment() -> schema.Environment:
-    return environment("cpu", 12.34, "a test")
-
-
-def test_environment_of_a_copy_without_history(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTNORM_COMMIT", "0123abc-dirty")
-    found = an_environment()
-    assert (found.commit, found.dirty) == ("0123abc", True)
-    assert found.on_cpu
-    assert found.device.startswith("CPU ")
-
-
-def test_every_append_leaves_a_whole_file(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "results.json"
-    schema.save(schema.Results(an_environment()), path)
-    assert schema.load(path).rows == []
-    for i in range(3):
-        schema.append(path, a_row(ms_median=float(i), error=math.nan))
-        rows = schema.load(path).rows
-        assert [row.ms_median for row in rows] == [float(n) for n in range(i + 1)]
-        assert rows[-1].error is None  # JSON has no NaN
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("not JSON", "is not JSON"),
-        ("[]", "names no schema"),
-        ('{"schema": 2}', "is of schema 2; this version reads schema 1"),
-        ('{"schema": 1, "rows": 3}', "has no list of rows"),
-        ('{"schema": 1, "environment": {}, "rows": []}', "lacks .*its fields are device, driver"),
-    ],
-)
-def test_a_file_of_another_schema(text: str, message: str) -> None:
-    with pytest.raises(ResultsError, match=message):
-        schema.parse(text, "there")
-
-
-def test_a_row_with_an_unknown_mode(tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    schema.save(schema.Results(an_environment(), [a_row()]), path)
-    path.write_text(path.read_text().replace('"forward"', '"sideways"'))
-    with pytest.raises(ResultsError, match="mode 'sideways': choose one of forward, backward"):
-        schema.load(path)
-
-
-def test_append_refuses_a_file_that_was_edited(tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    schema.save(schema.Results(an_environment()), path)
-    path.write_text(path.read_text() + "\n")
-    with pytest.raises(ResultsError, match="edited by hand"):
-        schema.append(path, a_row())
-
+from benchmarks.schema import Row
 
 # the command line
 
@@ -210,13 +149,14 @@ class Worker:
             what = None
         if what is not None:
             raise what
-        yield "row", a_row()
+        yield "row", blank(PROBLEM, "forward", "torch")
 
     def stop(self, kill: bool = False) -> None:
         self.stopped.append(kill)
 
 
-JOBS = [OpJob(Problem("activation", "gelu", (4,), "flat", "float32"), "torch") for _ in range(4)]
+PROBLEM = Problem("activation", "gelu", (4,), "flat", "float32")
+JOBS = [OpJob(PROBLEM, "torch") for _ in range(4)]
 
 
 def test_an_interrupted_run_leaves_a_valid_file(
