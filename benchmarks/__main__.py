@@ -52,8 +52,10 @@ def seconds(given: str) -> float:
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     run = commands.add_parser("run", help="measure a suite into a results file")
 
-    def names(option: str, choices: Sequence[str], default: list[str] | None) -> None:
-        told = f"{', '.join(choices)}; default {', '.join(default) if default else 'all'}"
+    def names(
+        option: str, choices: Sequence[str], default: list[str] | None, also: str = ""
+    ) -> None:
+        told = f"{', '.join(choices)}; default {', '.join(default) if default else 'all'}{also}"
         run.add_argument(
             option, type=several(choices), nargs="+", action=Flat, default=default,
             metavar="NAME", help=told,
@@ -62,7 +64,9 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     names("--suite", suites.NAMES, ["quick"])
     names("--op", (*OPS, "model"), None)
     names("--dtype", tuple(DTYPES), None)
-    names("--providers", tuple(PROVIDERS), None)
+    slow = ", ".join(provider.name for provider in PROVIDERS.values() if provider.slow)
+    later = f". Measured after the others, when a clock may have moved: {slow}"
+    names("--providers", tuple(PROVIDERS), None, later)
     run.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     run.add_argument(
         "--budget",

@@ -1,4 +1,10 @@
-"""A run as a list of jobs, the important ones first: one problem or model and one provider each."""
+"""A run as a list of jobs, the important ones first: one problem or model and one provider each.
+
+Providers of a problem follow each other, but for those that compile or tune for seconds: they come
+after the others, so that a budget buys the most rows. They get the same numbers, yet the device's
+clock may have moved in the minutes between: a difference of a few percent to one of them is to be
+seen again in a run of that op alone.
+"""
 
 from __future__ import annotations
 

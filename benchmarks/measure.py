@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -38,15 +39,18 @@ def blank(problem: Problem, mode: str, provider: str, note: str = "", ok: bool =
 
 @dataclass
 class Stage:
-    """The tensors of a problem, what torch makes of them, and the exact results."""
+    """The tensors of a problem, what torch makes of them, and the exact results. The numbers are
+    drawn by seed and problem: whoever comes later, or to another process, gets the same."""
 
     problem: Problem
     device: str
+    seed: int = 0
     tensors: Tensors = field(init=False)
     oracle: Oracle = field(init=False)
     torch_errors: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
+        torch.manual_seed(zlib.crc32(f"{self.seed} {self.problem}".encode()))
         self.tensors = OPS[self.problem.op].tensors(self.problem, self.device)
         torchs = PROVIDERS["torch"].bind(self.problem, self.fresh())
         result = torchs.forward()
@@ -94,15 +98,15 @@ class Stage:
 class Bench:
     """What a worker keeps between jobs: the last problem's tensors, and the copies it has timed."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, seed: int = 0) -> None:
+        self.device, self.seed = device, seed
         self.copies = timing.Copies(device)
         self._stage: Stage | None = None
 
     def stage(self, problem: Problem) -> Stage:
         if self._stage is None or self._stage.problem != problem:
             self.forget()
-            self._stage = Stage(problem, self.device)
+            self._stage = Stage(problem, self.device, self.seed)
         return self._stage
 
     def forget(self) -> None:

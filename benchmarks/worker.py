@@ -28,17 +28,14 @@ class OutOfTime(RuntimeError):
     """The run's time was over in the middle of a job."""
 
 
-def main(connection: Connection, device: str, note: str, quiet: bool) -> None:
+def main(connection: Connection, device: str, note: str, quiet: bool, seed: int) -> None:
     """Send the environment, then the rows of every job that is received."""
-    import torch
-
     from benchmarks.environment import environment
     from benchmarks.measure import Bench
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption ends
     warnings.simplefilter("ignore")
-    torch.manual_seed(time.time_ns() % (1 << 32))  # fresh numbers every run
-    bench = Bench(device)
+    bench = Bench(device, seed)
     connection.send(environment(device, bench.copies.bandwidth_gbs(), note))
     with contextlib.ExitStack() as stack:
         if quiet:  # compilers and peers talk; the progress bar is the parent's
@@ -60,7 +57,8 @@ class Worker:
     """The measuring process, as the parent sees it."""
 
     def __init__(self, device: str, note: str = "", quiet: bool = True) -> None:
-        self._arguments = (device, note, quiet)
+        # fresh numbers every run, the same for every process of it
+        self._arguments = (device, note, quiet, time.time_ns() % (1 << 32))
         self.environment: Environment = self._start()
 
     def _start(self) -> Environment:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks import worker
 from benchmarks.measure import Bench, Stage
+from benchmarks.ops import Tensors
 from benchmarks.peers import BELOW_AUTOGRAD, PEERS
 from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
@@ -30,6 +34,39 @@ def test_compiled_ops_leave_the_process_as_it_was() -> None:
     assert all(row.ok for row in rows)
     assert seen == [False]  # backward runs many times over one forward
     assert config.donated_buffer == before
+
+
+def test_every_provider_gets_the_same_numbers() -> None:
+    seen: list[Tensors] = []
+
+    class Seeing(type(PROVIDERS["torch"])):  # type: ignore[misc]
+        def bind(self, problem, tensors):  # type: ignore[no-untyped-def]
+            seen.append({name: t.detach().clone() for name, t in tensors.items()})
+            return super().bind(problem, tensors)
+
+    def drawn(seed: int, problem: Problem) -> tuple[torch.Tensor, ...]:
+        bench = Bench("cpu", seed)
+        torch.rand(3)  # whatever ran before
+        assert all(row.ok for row in bench.rows(problem, Seeing("seeing")))
+        return (*seen[-1].values(), *bench.stage(problem).oracle.dys)
+
+    def same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
+        return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+    first = drawn(7, ROWS)
+    assert same(first, drawn(7, ROWS))
+    assert not same(first, drawn(8, ROWS))  # fresh ones in another run
+    wide = replace(ROWS, dtype="float16")
+    assert not torch.equal(first[0].half(), drawn(7, wide)[0])
+
+
+def test_every_process_of_a_run_has_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(worker.Worker, "_start", lambda self: given.append(self._arguments[-1]))
+    process = worker.Worker("cpu")
+    process._start()
+    assert len(given) == 2
+    assert len(set(given)) == 1
 
 
 class Package(types.ModuleType):
