@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnorm import layout
+from fastnorm import dispatch, layout
 from fastnorm.ops.activation.reference import wide
 from fastnorm.ops.batch_norm.composite import channelwise as channelwise
 from fastnorm.ops.batch_norm.composite import composite as composite
@@ -156,6 +156,13 @@ def native(
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """What an unfused model calls."""
+    """What an unfused model calls, in place where such models write so: nobody else has the output
+    of batch norm, and its backward does without."""
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if dispatch.transformed() or torch.compiler.is_compiling():
+        return finish(y, residual, activation)
+    if residual is not None and residual.shape == y.shape and residual.dtype == y.dtype:
+        y, residual = y.add_(residual), None
+    if residual is None and activation == "relu":
+        return y.relu_()
     return finish(y, residual, activation)
