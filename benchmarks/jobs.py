@@ -21,6 +21,7 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.schema import Row
 
 FAST_S, SLOW_S = 60.0, 150.0  # a job that takes longer hangs, and is ended
+COMPILED_S = 300.0  # a model is compiled twice: for its check and for its steps
 
 
 class Job(Protocol):
@@ -93,7 +94,10 @@ class ModelJob:
     device: str
 
     family = "model"
-    limit_s = SLOW_S
+
+    @property
+    def limit_s(self) -> float:
+        return COMPILED_S if self.provider_name == "torch.compile" else SLOW_S
 
     @property
     def model(self) -> Model:

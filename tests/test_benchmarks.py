@@ -22,7 +22,6 @@ from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
 from benchmarks.small import every_kind
 from benchmarks.small import main as check_small
-from fastnorm.demo import own_resnet
 
 # op, variant, shape, layout, dtype, forward, backward: counted by hand, tensor by tensor
 HAND_COUNTS = [
@@ -243,41 +242,6 @@ def test_check_of_every_way(backend: str, op: str, capsys: pytest.CaptureFixture
     said = capsys.readouterr().out.splitlines()
     assert any(line.endswith(", as it is: right") for line in said)
     assert sum(line.endswith("right") for line in said) > 1, said
-
-
-@pytest.mark.parametrize("provider", ["fastnorm-replaced", "fastnorm"])
-def test_step_of_a_model(provider: str) -> None:
-    model = replace(
-        MODELS["resnet50"], sources=(("our own", own_resnet),), cpu_shape=(2, 3, 16, 16)
-    )
-    (row,) = models.rows(model, provider, "cpu")
-    assert row.ok, row.note
-    assert row.note.startswith("our own; replace_ changed ")
-    assert row.mode == "step"
-    assert row.samples_per_second == pytest.approx(2e3 / row.ms_median)
-
-
-def test_a_model_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def surgery(module: torch.nn.Module, provider: str) -> str:
-        for part in module.modules():
-            if isinstance(part, torch.nn.BatchNorm2d):
-                part.eps = 1e-4
-        return "changed"
-
-    monkeypatch.setattr(models, "_surgery", surgery)
-    model = replace(
-        MODELS["resnet50"], sources=(("our own", own_resnet),), cpu_shape=(2, 3, 16, 16)
-    )
-    (row,) = models.rows(model, "fastnorm", "cpu")
-    assert not row.ok
-    assert row.ms_median is None
-    assert row.note.startswith("wrong result: ")
-
-
-def test_a_model_of_which_no_source_is_installed() -> None:
-    model = replace(MODELS["bert_base"], sources=())
-    (row,) = models.rows(model, "torch", "cpu")
-    assert not row.ok
 
 
 def test_a_generator_is_one_call_of_ours() -> None:

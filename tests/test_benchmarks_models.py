@@ -1,0 +1,114 @@
+"""The benchmarks of whole models: what is timed is what was checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import models
+from benchmarks.correctness import SAME
+from benchmarks.jobs import ModelJob
+from benchmarks.models import MODELS
+from fastnorm.demo import own_resnet
+
+MODEL = replace(MODELS["resnet50"], sources=(("our own", own_resnet),), cpu_shape=(2, 3, 16, 16))
+CHECKED = [name for name in models.PROVIDERS if name != "torch"]
+
+
+@pytest.mark.parametrize("provider", ["fastnorm-replaced", "fastnorm"])
+def test_step_of_a_model(provider: str) -> None:
+    (row,) = models.rows(MODEL, provider, "cpu")
+    assert row.ok, row.note
+    assert row.note.startswith("our own; replace_ changed ")
+    assert row.mode == "step"
+    assert row.samples_per_second == pytest.approx(2e3 / row.ms_median)
+
+
+def other_eps(part: nn.BatchNorm2d) -> None:
+    part.eps = 1e-4
+
+
+def wrong_where(applies: Callable[[Tensor], bool]) -> Callable[[nn.BatchNorm2d], None]:
+    """A layer that is off by a factor for some of its inputs."""
+
+    def change(part: nn.BatchNorm2d) -> None:
+        def hook(_: nn.Module, given: tuple[Any, ...], y: Tensor) -> Tensor:
+            return y * 4.0 if applies(given[0]) else y
+
+        part.register_forward_hook(hook)
+
+    return change
+
+
+def channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def surgery_of(change: Callable[[nn.BatchNorm2d], None]) -> Callable[[nn.Module, str], str]:
+    def surgery(module: nn.Module, provider: str) -> str:
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                change(part)
+        return "changed"
+
+    return surgery
+
+
+@pytest.mark.parametrize("provider", CHECKED)
+@pytest.mark.parametrize(
+    "change", [other_eps, wrong_where(channels_last)], ids=["eps", "channels_last"]
+)
+def test_a_model_that_computes_something_else_is_not_timed(
+    provider: str, change: Callable[[nn.BatchNorm2d], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_surgery", surgery_of(change))
+    (row,) = models.rows(MODEL, provider, "cpu")
+    assert not row.ok
+    assert row.ms_median is None
+    assert row.note.startswith("wrong result: ")
+
+
+def checked_in_bf16(provider: str) -> tuple[float, float, float]:
+    torch.manual_seed(0)
+    module = own_resnet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    return models._check(module, provider, x, half=True)
+
+
+def test_a_model_is_checked_under_the_autocast_that_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error, torchs, in_fp64 = checked_in_bf16("fastnorm")
+    assert 1e-3 < torchs < 1.0  # of bf16
+    assert error <= SAME * torchs
+    assert in_fp64 <= models.FP64_ROUNDING
+    halved = surgery_of(wrong_where(lambda x: torch.is_autocast_enabled("cpu")))
+    monkeypatch.setattr(models, "_surgery", halved)
+    error, torchs, in_fp64 = checked_in_bf16("fastnorm")
+    assert error > SAME * torchs
+    assert in_fp64 <= models.FP64_ROUNDING  # where it would not have been seen
+
+
+def test_a_compiled_model_is_compiled_for_its_own_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: done.append("reset"))
+    monkeypatch.setattr(nn.Module, "compile", lambda self: done.append("compile"))
+    (row,) = models.rows(MODEL, "torch.compile", "cpu")
+    assert row.ok, row.note
+    assert row.error == pytest.approx(row.torch_error, rel=0.5, abs=1e-6)
+    assert done == ["reset", "compile"] * 2  # of the check, of the steps
+
+
+def test_a_compiled_model_has_time_to_compile_twice() -> None:
+    limits = {name: ModelJob("resnet50", name, "cpu").limit_s for name in models.PROVIDERS}
+    assert limits["torch.compile"] == 2 * limits["fastnorm"]
+
+
+def test_a_model_of_which_no_source_is_installed() -> None:
+    (row,) = models.rows(replace(MODELS["bert_base"], sources=()), "torch", "cpu")
+    assert not row.ok
