@@ -10,7 +10,7 @@ check:
 	$(if $(CUDA_SOURCES),clang-format --dry-run --Werror $(CUDA_SOURCES))
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2
 
 bench:
 	$(PYTHON) -m pytest benchmarks --benchmark-only

@@ -9,6 +9,10 @@ import zlib
 from collections.abc import Iterator
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes share the cores
+
 import torch
 
 if not torch.cuda.is_available():

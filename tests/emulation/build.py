@@ -8,6 +8,7 @@ built is kept in build/emulation/ under the hash of everything that went into it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -123,6 +124,17 @@ def _make(target: Path, command: Sequence[str], say: bool) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One process compiles, the others wait for what it leaves: tests run in several at once."""
+    import fcntl
+
+    OUT.mkdir(parents=True, exist_ok=True)
+    with (OUT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _object(source: Path, flags: list[str], say: bool) -> Path:
     seen = _sources(source, {})
     if "-include" in flags:
@@ -151,7 +163,7 @@ def library(
     jobs = [(source, ["-O2", *cuda]) for source in ENGINE]
     jobs += [(source, ["-O1", *host, *cuda, *include]) for source in bindings]
     jobs += [(source, [*cuda, *include, *KINDS[kind], *KERNEL]) for source in kernels]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
         # the kernels first: they take longest
         objects = list(pool.map(lambda job: _object(*job, say), reversed(jobs)))
     digest = _digest(*KINDS[kind], *(path.name for path in objects))
