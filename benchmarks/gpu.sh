@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Everything worth doing on a GPU, in one call: build for its architecture, the tests on both backends,
-# compute-sanitizer on small shapes, then the suite in what is left of the budget.
+# compute-sanitizer on small shapes, whether it is the same training, then the suite in what is left.
 #
 #     benchmarks/gpu.sh [--dry-run] BUDGET OUT_DIR
 #
 # BUDGET: seconds for everything; 520 fits a machine that is lent for nine minutes.
-# OUT_DIR: gets results.json, summary.txt and five logs. What fails there does not stop the rest, and
+# OUT_DIR: gets results.json, training.json, summary.txt and six logs. What fails there does not stop the rest, and
 # is named in the last lines; the exit status is 1 if anything failed.
 # --dry-run: the same on a machine without a GPU, less what needs one: the tests are collected, the small
 # shapes and the quick suite run on the CPU.
@@ -131,12 +131,11 @@ fi
 
 suites=${FASTNORM_SUITES:-ops,models,host,kernelbench}
 device=cuda
+[ -n "$dry" ] && suites=quick device=cpu
+step training "$(share 10)" "$python" -m benchmarks train --device $device --out "$out/training.json" ${dry:+--model vit --steps 2}
 reserve=20 # to start, to end, and for the summary
 remaining=$(($(left) - reserve))
-if [ -n "$dry" ]; then
-    suites=quick device=cpu
-    [ $remaining -gt 30 ] && remaining=30
-fi
+[ -n "$dry" ] && [ $remaining -gt 30 ] && remaining=30
 if [ $remaining -lt 5 ]; then
     echo "== suite: no time left for it"
     failed+=(suite)

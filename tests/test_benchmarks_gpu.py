@@ -34,7 +34,7 @@ def test_dry_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         "setup.log", "tests-cuda.log", "tests-triton.log", "sanitizer.log", "suite.log",
-        "results.json", "summary.txt",
+        "training.log", "training.json", "training.png", "results.json", "summary.txt",
     }  # fmt: skip
     results = schema.load(out / "results.json")
     assert (results.environment.commit, results.environment.dirty) == ("0123abc", False)
@@ -82,6 +82,7 @@ def test_what_fails_does_not_stop_the_rest(tmp_path: Path) -> None:
         "-m pytest tests -q -n 8 -k triton",
         "--tool memcheck",
         "--tool racecheck",
+        "-m benchmarks train --device cuda",
         "-m benchmarks run --suite ops,models,host,kernelbench --device cuda --budget 4",
         "-m benchmarks.summary",
     ]
