@@ -144,6 +144,12 @@ struct Planner {
                                 : batch_norm_forward_resident(p, request, blocks);
     }
 
+    // How many of the resident blocks may wait for each other: half of every multiprocessor's, so
+    // that two such launches of any sizes, on two streams, cannot take each other's place for ever.
+    unsigned most_waiting(int blocks) const {
+        return unsigned(blocks / device.processors / 2 * device.processors);
+    }
+
     void split(unsigned batches) {
         p.batches = batches < 1 ? 1 : batches < p.total ? batches : p.total;
         p.members = unsigned(divide_up(p.total, p.batches));
@@ -195,14 +201,16 @@ cudaError_t Planner::choose() {
         return finish();
     }
 
-    // hold: half of the blocks that are resident suffice, should another launch take the rest
+    // hold: few enough blocks wait for each other; if need be of fewer and larger tiles
     int blocks = 0;
-    if (takes(BatchNormForm::hold, spread(tile, share())) && p.batches <= tile) {
+    for (const int each : {share(), 2}) {
+        const unsigned most = each == 2 ? half : tile;
+        if (!takes(BatchNormForm::hold, spread(most, each)) || p.batches > most) continue;
         take_memory(p.batches, false);
         FASTNORM_TRY(resident(&blocks));
-        if (p.members == 1 || p.members <= unsigned(blocks) / 2) return finish();
-        if (forced()) return cudaErrorCooperativeLaunchTooLarge;
+        if (p.members == 1 || p.members <= most_waiting(blocks)) return finish();
     }
+    if (request.form == int(BatchNormForm::hold)) return cudaErrorCooperativeLaunchTooLarge;
 
     // ticket: the second read finds the group in L2
     const long bytes = long(p.total) * batch_bytes() * p.operands;
@@ -219,12 +227,12 @@ cudaError_t Planner::choose() {
 // The chip has no room for a group: lines of channels may be as long as memory likes.
 cudaError_t Planner::stream() {
     if (p.last && !forced()) cut(power_of_two(divide_up(p.shape.C, vector), kWidest / vector));
-    // half of the resident blocks share a group: the other half wants one too
+    // at most half of the resident blocks share a group: the other half wants one too
     while (p.last && !forced() && p.columns > 1 && p.groups < 2) cut(p.columns / 2);
     take_memory(most_held(share(), true), true);
     int blocks = 0;
     FASTNORM_TRY(resident(&blocks));
-    const long most = blocks > 1 ? blocks / 2 : 1;
+    const long most = most_waiting(blocks) > 1 ? most_waiting(blocks) : 1;
     if (!takes(BatchNormForm::stream, unsigned(divide_up(p.total, most))))
         return forced() ? cudaErrorInvalidValue : cudaErrorCooperativeLaunchTooLarge;
     return p.members <= most ? finish() : cudaErrorCooperativeLaunchTooLarge;

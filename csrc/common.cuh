@@ -2,7 +2,10 @@
 #pragma once
 #include <cstring>
 #include <limits>
+#include <mutex>
+#include <set>
 #include <type_traits>
+#include <utility>
 
 #include "fastnorm.h"
 #include "platform.cuh"
@@ -225,12 +228,26 @@ cudaError_t with_flag(bool flag, F f) {
     return flag ? f(std::true_type{}) : f(std::false_type{});
 }
 
-// More than 48 KB have to be asked for.
+// More than 48 KB have to be asked for: once for each kernel and device, and as much as there is.
+// What is allowed belongs to the kernel, not to the launch, so that a smaller number would take
+// away what another thread is about to use.
 template <class Parameters>
 cudaError_t allow_shared(void (*kernel)(Parameters), size_t shared_bytes) {
     if (shared_bytes <= 48 * 1024) return cudaSuccess;
-    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    static std::mutex mutex;
+    static std::set<std::pair<const void*, int>> allowed;
+    const void* function = reinterpret_cast<const void*>(kernel);
+    int device = 0, most = 0;
+    FASTNORM_TRY(cudaGetDevice(&device));
+    const std::lock_guard lock(mutex);
+    if (allowed.count({function, device}) > 0) return cudaSuccess;
+    cudaFuncAttributes attributes = {};
+    FASTNORM_TRY(cudaFuncGetAttributes(&attributes, function));
+    FASTNORM_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    FASTNORM_TRY(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      most - int(attributes.sharedSizeBytes)));
+    allowed.insert({function, device});
+    return cudaSuccess;
 }
 
 template <class Parameters>
@@ -243,28 +260,6 @@ cudaError_t launch(void (*kernel)(Parameters), dim3 grid, dim3 block, size_t sha
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     return cudaLaunchKernelEx(&config, kernel, parameters);
-}
-
-// An attribute of the current device, asked for once.
-inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
-    constexpr int kDevices = 64;
-    static int known[kDevices][2];  // of a device: the attribute + 1, its value
-    int device = 0;
-    FASTNORM_TRY(cudaGetDevice(&device));
-    if (device < kDevices && known[device][0] == int(attribute) + 1) {
-        *value = known[device][1];
-        return cudaSuccess;
-    }
-    FASTNORM_TRY(cudaDeviceGetAttribute(value, attribute, device));
-    if (device < kDevices) {
-        known[device][1] = *value;
-        known[device][0] = int(attribute) + 1;
-    }
-    return cudaSuccess;
-}
-
-inline cudaError_t multiprocessors(int* count) {
-    return device_attribute(cudaDevAttrMultiProcessorCount, count);
 }
 
 // How many blocks of a kernel the current device holds at once.

@@ -57,7 +57,12 @@ __device__ __forceinline__ void store16(uint4* p, uint4 v) {
 
 // Streaming hints: data that this launch will not read again goes first when L2 is full.
 __device__ __forceinline__ uint4 load_evict_first(const uint4* p) {
-    return __ldcs(p);
+    uint4 v;
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
 }
 
 __device__ __forceinline__ void store_evict_first(uint4* p, uint4 v) {

@@ -69,7 +69,8 @@ def test_the_rule() -> None:
     assert rule((32, 2048, 49), half)[0] == "owner"
     # groups that fit the chip together, in blocks of 64 KB
     assert rule((256, 64, 12544), half) == ("hold", 98)
-    assert rule((256, 64, 12544), half, operands=2) == ("hold", 196)
+    # at most 132 of them wait for each other: larger tiles, two on a multiprocessor
+    assert rule((256, 64, 12544), half, operands=2) == ("hold", 131)
     assert rule((256, 1024, 196), half)[0] == "hold"
     assert rule((256, 1024, 196), half, last=True)[0] == "hold"
     # groups that L2 has room for

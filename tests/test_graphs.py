@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnorm
+from fastnorm.ops import launch
 from tests.layers import (
     TRACKING,
     assert_same,
@@ -55,6 +57,26 @@ def test_forward_and_backward_never_wait(
     with NeverWait():
         y = layer(x)
         y.backward(torch.ones_like(y))
+
+
+def test_counters_are_made_where_no_memory_pool_is_active(monkeypatch: pytest.MonkeyPatch) -> None:
+    # reduce-overhead warms up in a pool of the calling thread, and refuses what stays in it
+    monkeypatch.setattr(launch, "_arenas", {})
+    monkeypatch.setattr(launch, "_outgrown", [])
+    threads, zeros = [], torch.zeros
+
+    def noted(*sizes: Any, **options: Any) -> Tensor:
+        threads.append(threading.get_ident())
+        return zeros(*sizes, **options)
+
+    monkeypatch.setattr(torch, "zeros", noted)
+    x = torch.empty(3)
+    first = launch.counters(x, 8)
+    assert launch.counters(x, 8) is first and not first.any()
+    larger = launch.counters(x, first.numel() + 1)
+    assert larger.numel() > first.numel() and not larger.any()
+    assert len(threads) == 2 and threading.get_ident() not in threads
+    assert launch._outgrown[0] is first  # a launch before may still be at it
 
 
 def test_the_guard_sees_what_torchs_own_layer_does() -> None:

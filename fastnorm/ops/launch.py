@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import struct
+import threading
 
 import torch
 from torch import Tensor
@@ -28,6 +30,26 @@ def processors(device: torch.device) -> int:
 
 
 _arenas: dict[tuple[int, int], Tensor] = {}
+_outgrown: list[Tensor] = []  # their launches may still be under way
+
+
+def _arena(device: torch.device, size: int) -> Tensor:
+    """Zeros for as long as the process lives, made by a thread of its own on the default stream: a
+    memory pool that is active, as while torch.compile warms up for CUDA graphs, belongs to a thread
+    or a stream, and must not be left with a tensor that nobody knows of."""
+    made: list[Tensor] = []
+
+    def make() -> None:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            made.append(torch.zeros(max(size, 4096), dtype=torch.int32, device=device))
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))
+    (arena,) = made
+    return arena
 
 
 def counters(x: Tensor, size: int) -> Tensor:
@@ -41,7 +63,9 @@ def counters(x: Tensor, size: int) -> Tensor:
     key = (x.get_device(), stream(x))
     arena = _arenas.get(key)
     if arena is None or arena.numel() < size:
-        arena = _arenas[key] = torch.zeros(max(size, 4096), dtype=torch.int32, device=x.device)
+        if arena is not None:
+            _outgrown.append(arena)
+        arena = _arenas[key] = _arena(x.device, size)
     return arena
 
 
