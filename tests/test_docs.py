@@ -66,7 +66,7 @@ def test_quick_start_begins_with_two_commands_of_one_line_each() -> None:
     between = section.split("```")[2]
     assert not between.strip(), "nothing stands between the two"
     assert blocks[0].endswith("python -m fastnorm demo")
-    assert blocks[1].endswith("python -m pytest")
+    assert blocks[1].endswith("python -m pytest -n 2")
 
 
 def test_the_readme_names_every_public_layer_function_and_activation() -> None:
