@@ -22,11 +22,11 @@ struct Array {
 
 // The one list of activations of this language (activation.cuh has their formulas): Python reads it
 // as fastnorm._cuda.ACTIVATIONS and passes a position in it.
-#define FASTNORM_ACTIVATIONS(X)                                                        \
-    X(identity)                                                                        \
-    X(relu)                                                                            \
-    X(relu6) X(leaky_relu) X(elu) X(selu) X(gelu) X(gelu_tanh) X(gelu_sigmoid) X(silu) \
-        X(hardswish) X(mish) X(tanh) X(sigmoid)
+// clang-format off
+#define FASTNORM_ACTIVATIONS(X) \
+    X(identity) X(relu) X(relu6) X(leaky_relu) X(elu) X(selu) X(gelu) X(gelu_tanh) \
+    X(gelu_sigmoid) X(silu) X(hardswish) X(mish) X(tanh) X(sigmoid)
+// clang-format on
 
 enum class Activation : int {
 #define FASTNORM_ACTIVATION(name) name,
