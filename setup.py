@@ -86,11 +86,15 @@ def wanted() -> bool:
 
 
 def architecture_flags(known: set[str]) -> list[str]:
-    """-gencode flags for TORCH_CUDA_ARCH_LIST, else for those of our list that nvcc knows."""
+    """-gencode flags for TORCH_CUDA_ARCH_LIST, else for those of our list that nvcc knows.
+
+    All GPUs are assembled from the PTX of the oldest: no source asks for more, and making PTX is
+    most of the build. What carries a letter (9.0a) goes with no other and has its own.
+    """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     there = [name for name in ARCHITECTURES if "sm_" + name.replace(".", "") in known]
     there[-1:] = [f"{name}+PTX" for name in there[-1:]]
-    flags = []
+    entries: list[tuple[str, bool]] = []
     for entry in re.split(r"[;,\s]+", asked) if asked else there:
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
         if match is None:
@@ -106,9 +110,14 @@ def architecture_flags(known: set[str]) -> list[str]:
                 f"TORCH_CUDA_ARCH_LIST: this nvcc does not know {entry!r}; it knows "
                 f"{', '.join(names)}"
             )
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if match[3]:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        entries.append((number, match[3] is not None))
+    oldest = min((number for number, _ in entries if number.isdigit()), key=int, default="")
+    flags = []
+    for number, ptx in entries:
+        virtual = oldest if number.isdigit() else number
+        flags.append(f"-gencode=arch=compute_{virtual},code=sm_{number}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{virtual},code=compute_{virtual}")
     return flags
 
 

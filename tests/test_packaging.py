@@ -193,8 +193,8 @@ def test_architectures_are_ours_that_nvcc_knows_or_the_users(
 ) -> None:
     assert build.architecture_flags({"sm_80", "sm_90"}) == [
         "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90,code=sm_90",
-        "-gencode=arch=compute_90,code=compute_90",  # for GPUs to come
+        "-gencode=arch=compute_80,code=sm_90",  # from the same PTX
+        "-gencode=arch=compute_80,code=compute_80",  # for GPUs to come
     ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0a+PTX")
     known = {"sm_86", "sm_90", "sm_90a", "lto_90"}
