@@ -1,17 +1,14 @@
-// The module fastnorm._cuda: pointers, sizes, positions in DTYPES and ACTIVATIONS and the stream
-// come in as integers; a CUDA error goes out as a RuntimeError.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
+// The module fastnorm._cuda: tensors (arguments.h), sizes, positions in ACTIVATIONS and the stream
+// come in; a CUDA error goes out as a RuntimeError.
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "activation.h"
+#include "arguments.h"
 #include "batch_norm.h"
 #include "layer_norm.h"
 #include "weight_norm.h"
@@ -20,16 +17,13 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
+using fastnorm::Array;
+using fastnorm::Pointer;
 
-template <class T = void>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
+using Address = std::uintptr_t;  // of a stream
 
-// An optional array of any dtype: a null address where there is none.
-fastnorm::Array array(Address address, int dtype) {
-    return {at(address), fastnorm::Dtype(dtype)};
+CUstream_st* at(Address stream) {
+    return reinterpret_cast<CUstream_st*>(stream);
 }
 
 // Runs a launcher without the interpreter's lock: a full launch queue blocks.
@@ -45,8 +39,6 @@ void run(const char* name, F launcher) {
                                  cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
     }
 }
-
-#define FASTNORM_NAME(name) #name,
 
 template <std::size_t N>
 py::tuple names(const char* const (&list)[N]) {
@@ -81,17 +73,14 @@ py::object unavailable() {
 
 void bind_activation(py::module_& m) {
     using namespace fastnorm;
-    m.def("activation_forward",
-          [](Address y, Address x, long count, int activation, int dtype, Address stream) {
-              const ActivationForward a = {at(y), at(x), count, Activation(activation)};
-              run("activation_forward",
-                  [&] { return activation_forward(a, Dtype(dtype), at<CUstream_st>(stream)); });
-          });
-    m.def("activation_backward", [](Address dx, Address x, Address dy, long count, int activation,
-                                    int dtype, Address stream) {
-        const ActivationBackward a = {at(dx), at(x), at(dy), count, Activation(activation)};
-        run("activation_backward",
-            [&] { return activation_backward(a, Dtype(dtype), at<CUstream_st>(stream)); });
+    m.def("activation_forward", [](Pointer y, Array x, long count, int activation, Address stream) {
+        const ActivationForward a = {y, x.data, count, Activation(activation)};
+        run("activation_forward", [&] { return activation_forward(a, x.dtype, at(stream)); });
+    });
+    m.def("activation_backward", [](Pointer dx, Array x, Pointer dy, long count, int activation,
+                                    Address stream) {
+        const ActivationBackward a = {dx, x.data, dy, count, Activation(activation)};
+        run("activation_backward", [&] { return activation_backward(a, x.dtype, at(stream)); });
     });
     py::class_<SwishSizes>(m, "SwishSizes").def_readonly("groups", &SwishSizes::groups);
     m.def("swish_sizes", [](long outer, long channels, long inner, int dtype, int processors) {
@@ -99,21 +88,24 @@ void bind_activation(py::module_& m) {
     });
     m.def("swish_partials",
           [](const SwishSizes& sizes, int dtype) { return swish_partials(sizes, Dtype(dtype)); });
-    m.def("swish_forward", [](Address y, Address x, Address beta, int beta_dtype,
-                              const SwishSizes& sizes, int dtype, Address stream) {
-        const SwishForward a = {at(y), at(x), array(beta, beta_dtype), sizes};
-        run("swish_forward",
-            [&] { return swish_forward(a, Dtype(dtype), at<CUstream_st>(stream)); });
-    });
-    m.def("swish_backward", [](Address dx, Address dbeta, Address x, Address dy, Address beta,
-                               int beta_dtype, Address partials, Address counters,
-                               const SwishSizes& sizes, int dtype, Address stream) {
-        const SwishBackward a = {
-            at(dx),       array(dbeta, beta_dtype), at(x), at(dy), array(beta, beta_dtype),
-            at(partials), at<unsigned>(counters),   sizes};
-        run("swish_backward",
-            [&] { return swish_backward(a, Dtype(dtype), at<CUstream_st>(stream)); });
-    });
+    m.def("swish_forward",
+          [](Pointer y, Array x, Array beta, const SwishSizes& sizes, Address stream) {
+              const SwishForward a = {y, x.data, beta, sizes};
+              run("swish_forward", [&] { return swish_forward(a, x.dtype, at(stream)); });
+          });
+    m.def("swish_backward",
+          [](Pointer dx, Array dbeta, Array x, Pointer dy, Array beta, Pointer partials,
+             Pointer counters, const SwishSizes& sizes, Address stream) {
+              const SwishBackward a = {dx, dbeta, x.data, dy, beta, partials, counters, sizes};
+              run("swish_backward", [&] { return swish_backward(a, x.dtype, at(stream)); });
+          });
+}
+
+// No momentum: the cumulative average, where batches are counted.
+fastnorm::BatchNormRunning running(Array mean, Array var, Pointer num_batches_tracked,
+                                   std::optional<double> momentum) {
+    const bool cumulative = !momentum && num_batches_tracked.data != nullptr;
+    return {mean, var, num_batches_tracked, momentum.value_or(0.0), cumulative};
 }
 
 void bind_batch_norm(py::module_& m) {
@@ -143,146 +135,137 @@ void bind_batch_norm(py::module_& m) {
               run("batch_norm_plan", [&] { return batch_norm_plan(shape, request, &plan); });
               return plan;
           });
-    py::class_<BatchNormRunning>(m, "BatchNormRunning")
-        .def(py::init([](Address mean, int mean_dtype, Address var, int var_dtype,
-                         Address num_batches_tracked, double momentum, bool cumulative) {
-            return BatchNormRunning{array(mean, mean_dtype), array(var, var_dtype),
-                                    at<long>(num_batches_tracked), momentum, cumulative};
-        }));
     m.def("batch_norm_forward",
-          [](Address y, Address mean, Address rstd, Address count, const BatchNormRunning& running,
-             Address x, Address residual, Address weight, int weight_dtype, Address bias,
-             int bias_dtype, Address partials, Address counters, double eps, int activation,
-             bool batch_stats, bool center_only, const BatchNormPlan& plan, int dtype,
-             Address stream) {
-              const BatchNormForward a = {at(y),
-                                          at(mean),
-                                          at(rstd),
-                                          at(count),
-                                          running,
-                                          at(x),
-                                          at(residual),
-                                          array(weight, weight_dtype),
-                                          array(bias, bias_dtype),
-                                          at(partials),
-                                          at<unsigned>(counters),
-                                          eps,
-                                          Activation(activation),
-                                          batch_stats,
-                                          center_only,
-                                          plan};
-              run("batch_norm_forward",
-                  [&] { return batch_norm_forward(a, Dtype(dtype), at<CUstream_st>(stream)); });
+          [](Pointer y, Pointer mean, Pointer rstd, Pointer count, Array running_mean,
+             Array running_var, Pointer num_batches_tracked, std::optional<double> momentum,
+             Array x, Pointer residual, Array weight, Array bias, Pointer partials,
+             Pointer counters, double eps, int activation, bool batch_stats, bool center_only,
+             const BatchNormPlan& plan, Address stream) {
+              const BatchNormForward a = {
+                  y,
+                  mean,
+                  rstd,
+                  count,
+                  running(running_mean, running_var, num_batches_tracked, momentum),
+                  x.data,
+                  residual,
+                  weight,
+                  bias,
+                  partials,
+                  counters,
+                  eps,
+                  Activation(activation),
+                  batch_stats,
+                  center_only,
+                  plan};
+              run("batch_norm_forward", [&] { return batch_norm_forward(a, x.dtype, at(stream)); });
           });
-    m.def("batch_norm_merge", [](Address mean, Address var, Address count,
-                                 const BatchNormRunning& running, Address gathered,
-                                 Address counters, long ranks, long C, int dtype, Address stream) {
+    m.def("batch_norm_merge", [](Pointer mean, Pointer var, Pointer count, Array running_mean,
+                                 Array running_var, Pointer num_batches_tracked,
+                                 std::optional<double> momentum, Array gathered, Pointer counters,
+                                 long ranks, long C, Address stream) {
         const BatchNormMerge a = {
-            at(mean), at(var), at(count), running, at(gathered), at<unsigned>(counters), ranks, C};
-        run("batch_norm_merge",
-            [&] { return batch_norm_merge(a, Dtype(dtype), at<CUstream_st>(stream)); });
+            mean,          var,
+            count,         running(running_mean, running_var, num_batches_tracked, momentum),
+            gathered.data, counters,
+            ranks,         C};
+        run("batch_norm_merge", [&] { return batch_norm_merge(a, gathered.dtype, at(stream)); });
     });
-    m.def("batch_norm_backward",
-          [](Address dx, Address dresidual, Address dweight, int dweight_dtype, Address dbias,
-             int dbias_dtype, Address x, Address dy, Address residual, Address weight,
-             int weight_dtype, Address bias, int bias_dtype, Address mean, Address rstd,
-             Address sums, Address count, Address partials, Address counters, int activation,
-             bool center_only, const BatchNormPlan& plan, int dtype, Address stream) {
-              const BatchNormBackward a = {at(dx),
-                                           at(dresidual),
-                                           array(dweight, dweight_dtype),
-                                           array(dbias, dbias_dtype),
-                                           at(x),
-                                           at(dy),
-                                           at(residual),
-                                           array(weight, weight_dtype),
-                                           array(bias, bias_dtype),
-                                           at(mean),
-                                           at(rstd),
-                                           at(sums),
-                                           at(count),
-                                           at(partials),
-                                           at<unsigned>(counters),
-                                           Activation(activation),
-                                           center_only,
-                                           plan};
-              run("batch_norm_backward",
-                  [&] { return batch_norm_backward(a, Dtype(dtype), at<CUstream_st>(stream)); });
-          });
+    m.def("batch_norm_backward", [](Pointer dx, Pointer dresidual, Array dweight, Array dbias,
+                                    Pointer x, Array dy, Pointer residual, Array weight, Array bias,
+                                    Pointer mean, Pointer rstd, Pointer sums, Pointer count,
+                                    Pointer partials, Pointer counters, int activation,
+                                    bool center_only, const BatchNormPlan& plan, Address stream) {
+        const BatchNormBackward a = {dx,          dresidual, dweight,  dbias,
+                                     x,           dy.data,   residual, weight,
+                                     bias,        mean,      rstd,     sums,
+                                     count,       partials,  counters, Activation(activation),
+                                     center_only, plan};
+        run("batch_norm_backward", [&] { return batch_norm_backward(a, dy.dtype, at(stream)); });
+    });
 }
-
-using Addresses = std::vector<Address>;
 
 // The layers of a weight norm, and what their launches need; made once for a model.
 struct WeightNormPlan {
+    using Tensors = std::vector<Pointer>;
     std::vector<fastnorm::WeightNormSizes> sizes;
     int processors;
     fastnorm::WeightNormWorkspace workspace;
 
-    // with an address for each layer in every list
+    // with a tensor for each layer in every list, and in `begin` where its part of `norm` begins
     template <class Launcher>
-    void launch(const char* name, Launcher launcher, const Addresses& out, const Addresses& v,
-                const Addresses& dw, const Addresses& g, const Addresses& norm, const Addresses& dg,
-                Address partials, Address counters, Address stream) const {
-        for (const Addresses* list : {&out, &v, &dw, &g, &norm, &dg})
-            if (list->size() != sizes.size()) throw std::invalid_argument("one address per layer");
+    void launch(const char* name, Launcher launcher, const Tensors& out, const Tensors& v,
+                const Tensors& dw, const Tensors& g, Array norm, const std::vector<long>& begin,
+                const Tensors& dg, Pointer partials, Pointer counters, Address stream) const {
+        for (const Tensors* list : {&out, &v, &dw, &g, &dg})
+            if (list->size() != sizes.size()) throw std::invalid_argument("one tensor per layer");
+        if (begin.size() != sizes.size()) throw std::invalid_argument("one place per layer");
+        const long size = norm.dtype == fastnorm::Dtype::float64 ? 8 : 4;
         std::vector<fastnorm::WeightNormLayer> layers(sizes.size());
         for (std::size_t i = 0; i < sizes.size(); ++i)
-            layers[i] = {at(out[i]),  at(v[i]),  at(dw[i]), at(g[i]),
-                         at(norm[i]), at(dg[i]), sizes[i]};
-        const fastnorm::WeightNorm a = {layers.data(), int(layers.size()), at(partials),
-                                        at<unsigned>(counters), processors};
-        run(name, [&] { return launcher(a, at<CUstream_st>(stream)); });
+            layers[i] = {
+                out[i], v[i],    dw[i], g[i], static_cast<char*>(norm.data) + size * begin[i],
+                dg[i],  sizes[i]};
+        const fastnorm::WeightNorm a = {layers.data(), int(layers.size()), partials, counters,
+                                        processors};
+        run(name, [&] { return launcher(a, at(stream)); });
     }
 };
 
 void bind_weight_norm(py::module_& m) {
     using namespace fastnorm;
+    using Plan = WeightNormPlan;
+    using Tensors = Plan::Tensors;
+    using Begin = std::vector<long>;
     using Sizes = std::tuple<long, long, long, double, int, int, int>;  // as in WeightNormSizes
-    py::class_<WeightNormPlan>(m, "WeightNormPlan")
+    py::class_<Plan>(m, "WeightNormPlan")
         .def(py::init([](const std::vector<Sizes>& layers, int processors) {
-            WeightNormPlan plan = {{}, processors, {}};
+            Plan plan = {{}, processors, {}};
             for (const auto& [A, K, B, eps, w, v, g] : layers)
                 plan.sizes.push_back({A, K, B, eps, Dtype(w), Dtype(v), Dtype(g)});
             plan.workspace =
                 weight_norm_workspace(plan.sizes.data(), int(plan.sizes.size()), processors);
             return plan;
         }))
-        .def_property_readonly("partials",
-                               [](const WeightNormPlan& plan) { return plan.workspace.partials; })
+        .def_property_readonly("partials", [](const Plan& plan) { return plan.workspace.partials; })
         .def_property_readonly("counters",
-                               [](const WeightNormPlan& plan) { return plan.workspace.counters; });
+                               [](const Plan& plan) { return plan.workspace.counters; });
     m.def("weight_norm_forward",
-          [](const WeightNormPlan& plan, const Addresses& w, const Addresses& v, const Addresses& g,
-             const Addresses& norm, Address partials, Address counters, Address stream) {
-              const Addresses none(w.size());
-              plan.launch("weight_norm_forward", weight_norm_forward, w, v, none, g, norm, none,
-                          partials, counters, stream);
+          [](const Plan& plan, const Tensors& w, const Tensors& v, const Tensors& g, Array norm,
+             const Begin& begin, Pointer partials, Pointer counters, Address stream) {
+              const Tensors none(v.size());
+              plan.launch("weight_norm_forward", weight_norm_forward, w, v, none, g, norm, begin,
+                          none, partials, counters, stream);
           });
     m.def("weight_norm_backward",
-          [](const WeightNormPlan& plan, const Addresses& dv, const Addresses& dg,
-             const Addresses& v, const Addresses& g, const Addresses& norm, const Addresses& dw,
-             Address partials, Address counters, Address stream) {
-              plan.launch("weight_norm_backward", weight_norm_backward, dv, v, dw, g, norm, dg,
-                          partials, counters, stream);
+          [](const Plan& plan, const Tensors& dv, const Tensors& dg, const Tensors& v,
+             const Tensors& g, Array norm, const Begin& begin, const Tensors& dw, Pointer partials,
+             Pointer counters, Address stream) {
+              plan.launch("weight_norm_backward", weight_norm_backward, dv, v, dw, g, norm, begin,
+                          dg, partials, counters, stream);
           });
 }
 
-using TypedAddress = std::pair<Address, int>;  // and the position of its dtype
+// What the kernels of layer norm see of their inputs: [rows, cols] of batches of rows, and the
+// strides of batches, rows and columns in x and in the other one (residual or dy).
+struct LayerNormView {
+    using Strides = std::array<long, 3>;
+    long rows, batch_rows, cols;
+    Strides x, other;
 
-fastnorm::Array array(TypedAddress a) {
-    return array(a.first, a.second);
-}
-
-// A matrix as its address and the strides of batches, rows and columns.
-fastnorm::Rows rows(const std::array<long, 4>& m) {
-    return {at(Address(m[0])), m[1], m[2], m[3]};
-}
+    static fastnorm::Rows of(const void* data, const Strides& strides) {
+        return {data, strides[0], strides[1], strides[2]};
+    }
+};
 
 void bind_layer_norm(py::module_& m) {
     using namespace fastnorm;
-    using Matrix = std::array<long, 4>;
+    using View = LayerNormView;
     using Plan = LayerNormPlan;
+    py::class_<View>(m, "LayerNormView")
+        .def(py::init(
+            [](long rows, long batch_rows, long cols, const View::Strides& x,
+               const View::Strides& other) { return View{rows, batch_rows, cols, x, other}; }));
     py::class_<Plan>(m, "LayerNormPlan")
         .def(py::init([] { return Plan{}; }))
         .def_readwrite("ticket", &Plan::ticket)
@@ -301,66 +284,62 @@ void bind_layer_norm(py::module_& m) {
         .def_readwrite("workers", &Plan::workers)
         .def_readwrite("parts", &Plan::parts);
     m.def("layer_norm_forward",
-          [](TypedAddress y, Address sum, Address mean, Address rstd, const Matrix& x,
-             const Matrix& residual, TypedAddress weight, TypedAddress bias, Address partials,
-             Address counters, double eps, long all_rows, long batch_rows, long cols,
-             int activation, const Plan& plan, int dtype, Address stream) {
-              const LayerNormForward a = {array(y),
-                                          at(sum),
-                                          at(mean),
-                                          at(rstd),
-                                          rows(x),
-                                          rows(residual),
-                                          array(weight),
-                                          array(bias),
-                                          at(partials),
-                                          at<unsigned>(counters),
+          [](Array y, Pointer sum, Pointer mean, Pointer rstd, Array x, Pointer residual,
+             Array weight, Array bias, Pointer partials, Pointer counters, double eps,
+             int activation, const View& view, const Plan& plan, Address stream) {
+              const LayerNormForward a = {y,
+                                          sum,
+                                          mean,
+                                          rstd,
+                                          View::of(x.data, view.x),
+                                          View::of(residual.data, view.other),
+                                          weight,
+                                          bias,
+                                          partials,
+                                          counters,
                                           eps,
-                                          all_rows,
-                                          batch_rows,
-                                          cols,
+                                          view.rows,
+                                          view.batch_rows,
+                                          view.cols,
                                           Activation(activation),
                                           plan};
-              run("layer_norm_forward",
-                  [&] { return layer_norm_forward(a, Dtype(dtype), at<CUstream_st>(stream)); });
+              run("layer_norm_forward", [&] { return layer_norm_forward(a, x.dtype, at(stream)); });
           });
-    m.def("layer_norm_backward",
-          [](Address dx, TypedAddress dweight, TypedAddress dbias, const Matrix& x,
-             const Matrix& dy, int dy_dtype, Address dsum, TypedAddress weight, TypedAddress bias,
-             Address mean, Address rstd, Address parts, Address partials, Address totals,
-             Address counters, long all_rows, long batch_rows, long cols, int activation,
-             const Plan& plan, int dtype, Address stream) {
-              const LayerNormBackward a = {at(dx),
-                                           array(dweight),
-                                           array(dbias),
-                                           rows(x),
-                                           rows(dy),
-                                           Dtype(dy_dtype),
-                                           at(dsum),
-                                           array(weight),
-                                           array(bias),
-                                           at(mean),
-                                           at(rstd),
-                                           at(parts),
-                                           at(partials),
-                                           at(totals),
-                                           at<unsigned>(counters),
-                                           all_rows,
-                                           batch_rows,
-                                           cols,
-                                           Activation(activation),
-                                           plan};
-              run("layer_norm_backward",
-                  [&] { return layer_norm_backward(a, Dtype(dtype), at<CUstream_st>(stream)); });
-          });
+    m.def(
+        "layer_norm_backward",
+        [](Pointer dx, Array dweight, Array dbias, Array x, Array dy, Pointer dsum, Array weight,
+           Array bias, Pointer mean, Pointer rstd, Pointer parts, Pointer partials, Pointer totals,
+           Pointer counters, int activation, const View& view, const Plan& plan, Address stream) {
+            const LayerNormBackward a = {dx,
+                                         dweight,
+                                         dbias,
+                                         View::of(x.data, view.x),
+                                         View::of(dy.data, view.other),
+                                         dy.dtype,
+                                         dsum,
+                                         weight,
+                                         bias,
+                                         mean,
+                                         rstd,
+                                         parts,
+                                         partials,
+                                         totals,
+                                         counters,
+                                         view.rows,
+                                         view.batch_rows,
+                                         view.cols,
+                                         Activation(activation),
+                                         plan};
+            run("layer_norm_backward", [&] { return layer_norm_backward(a, x.dtype, at(stream)); });
+        });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "fastnorm's CUDA C++ kernels; called by fastnorm/ops/<family>/cuda.py alone.";
-    m.attr("DTYPES") = names({FASTNORM_DTYPES(FASTNORM_NAME)});
-    m.attr("ACTIVATIONS") = names({FASTNORM_ACTIVATIONS(FASTNORM_NAME)});
+    m.attr("DTYPES") = names(fastnorm::kDtypes);
+    m.attr("ACTIVATIONS") = names(fastnorm::kActivations);
     m.def("unavailable", &unavailable, "Why no kernel can run here; None where they can.");
     bind_activation(m);
     bind_batch_norm(m);

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_exporting
+from torch.nn import Parameter
 
 CHOICES = ("auto", "reference", "triton", "cuda")
 POLICIES = ("opaque", "decompose")
@@ -219,15 +228,22 @@ def backends() -> dict[str, str | None]:
     return {"reference": None, "triton": _triton_missing(), "cuda": _cuda_missing()}
 
 
-def _refusal(name: str, x: Tensor) -> str | None:
-    """Why backend `name` cannot serve x; None if it can."""
+@functools.cache
+def _serves(name: str, is_cuda: bool, is_cpu: bool) -> bool:
+    """Whether this machine's backend of that name serves such tensors."""
     if name == "reference":
-        return None
+        return True
     missing = _triton_missing() if name == "triton" else _cuda_missing()
     on_cpu = interpreting() if name == "triton" else emulating()
-    if missing is None and not x.is_cuda and not (on_cpu and x.is_cpu):
-        return f"it serves CUDA tensors, and this one is on {x.device}"
-    return missing
+    return missing is None and (is_cuda or (on_cpu and is_cpu))
+
+
+def _refusal(name: str, x: Tensor) -> str | None:
+    """Why backend `name` cannot serve x; None if it can."""
+    if _serves(name, x.is_cuda, x.is_cpu):
+        return None
+    missing = _triton_missing() if name == "triton" else _cuda_missing()
+    return missing or f"it serves CUDA tensors, and this one is on {x.device}"
 
 
 @functools.cache
@@ -262,34 +278,69 @@ def _say_once(message: str) -> None:
 def transformed() -> bool:
     """Whether a call has to be made of torch's functions alone: torch.func, forward-mode AD and
     torch.jit.trace do not see through ours, and what torch.export writes has to run without us."""
-    if torch.compiler.is_compiling():
-        return _policy == "decompose" or torch.compiler.is_exporting()
+    if is_compiling():
+        return _policy == "decompose" or is_exporting()
     return (
-        torch._C._are_functorch_transforms_active()
+        _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or _get_tracing_state() is not None
     )
 
 
-def native(family: str, x: Tensor, elements: int | None = None) -> bool:
-    """Whether torch's own function serves this call, decided before any Function or op of ours is
-    entered; ``elements``: of all tensors that one launch serves, where x is not the only one."""
-    if _forced != "auto":
-        return transformed()
-    backend = _preferred(family) if x.is_cuda else None
-    if backend is None or transformed():
-        return True
+DISPATCHER = "dispatcher"  # the way of a call through torch's dispatcher
+
+
+def strange(*tensors: Tensor | None) -> bool:
+    """Whether one is more than its data: a subclass, what torch.func has left of a tensor, a view
+    that negates."""
+    for x in tensors:
+        if x is not None:
+            kind = type(x)
+            if x.is_neg() or (
+                kind is not Parameter and (kind is not Tensor or is_functorch_wrapped_tensor(x))
+            ):
+                return True
+    return False
+
+
+def observed(x: Tensor) -> bool:
+    """Whether torch's dispatcher, given x, would do more than come back to us: for a mode, a
+    profiler, the shape of an output that is never computed."""
+    return bool(_len_torch_dispatch_stack() > 0 or _profiler_enabled() or x.is_meta or strange(x))
+
+
+def way(family: str, x: Tensor, elements: int | None = None) -> str | None:
+    """How a call is made, decided before any Function or op of ours is entered: by torch's own
+    function (None), by our op through torch's dispatcher (DISPATCHER), or straight by the backend
+    of that name, where the dispatcher would add nothing but time.
+
+    ``elements``: of all tensors that one launch serves, where x is not the only one.
+    """
+    auto = _forced == "auto"
+    backend = _preferred(family) if auto and x.is_cuda else None
+    if (auto and backend is None) or transformed():
+        return None
     # under torch.compile a size would become a guard: one compiled graph serves every batch size
-    if torch.compiler.is_compiling():
-        return False
-    return (x.numel() if elements is None else elements) < RULES[family].from_elements[backend]
+    if is_compiling():
+        return DISPATCHER
+    if backend is not None and (
+        (x.numel() if elements is None else elements) < RULES[family].from_elements[backend]
+    ):
+        return None
+    return DISPATCHER if observed(x) else backend or select(family, x)
+
+
+def beside(way: str | None, *tensors: Tensor | None) -> str:
+    """The way to our op that a call takes with these tensors beside the one it was found for."""
+    return DISPATCHER if way is None or way == DISPATCHER or strange(*tensors) else way
 
 
 def select(family: str, x: Tensor) -> str:
     """The backend that serves x inside an op; raises RuntimeError when the forced one cannot."""
     if _forced == "auto":
         return (_preferred(family) if x.is_cuda else None) or "reference"
-    refusal = _refusal(_forced, x)
-    if refusal is not None:
-        raise RuntimeError(f"backend {_forced!r} was forced but cannot serve this call: {refusal}")
+    if not _serves(_forced, x.is_cuda, x.is_cpu):
+        raise RuntimeError(
+            f"backend {_forced!r} was forced but cannot serve this call: {_refusal(_forced, x)}"
+        )
     return _forced

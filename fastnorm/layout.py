@@ -71,6 +71,8 @@ def channels_last(x: Tensor) -> bool:
 def planes_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor of x's shape in the layout of batch norm's outputs and gradients:
     channels_last or contiguous."""
+    if dtype is None and x.is_contiguous():  # what every keyword costs is not needed then
+        return torch.empty_like(x)
     form = torch.contiguous_format
     if channels_last(x):
         form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d

@@ -107,7 +107,7 @@ def compiled(job: Job, capability: int) -> list[tuple[str, Any]]:
 
     JITFunction.run = compile_only
     driver.set_active(Driver(capability))
-    dispatch._refusal = lambda name, x: None
+    dispatch._serves = lambda *_: True
     launch.processors = lambda device: PROCESSORS
     try:
         with dispatch.backend("triton"):

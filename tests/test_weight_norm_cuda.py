@@ -194,8 +194,11 @@ def test_mixed_dtypes_of_v_and_g(device):
 
 def test_a_list_of_another_length_is_refused():
     plan = extension().WeightNormPlan([(1, 2, 3, 0.0, 0, 0, 0)], 2)
-    with pytest.raises(ValueError, match="one address per layer"):
-        extension().weight_norm_forward(plan, [], [1], [1], [1], 0, 0, 0)
+    x = torch.ones(1)
+    with pytest.raises(ValueError, match="one tensor per layer"):
+        extension().weight_norm_forward(plan, [], [x], [x], x, [0], None, None, 0)
+    with pytest.raises(ValueError, match="one place per layer"):
+        extension().weight_norm_forward(plan, [x], [x], [x], x, [], None, None, 0)
 
 
 def test_workspace_for_any_mixture_of_aligned_and_misaligned_layers():

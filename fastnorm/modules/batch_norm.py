@@ -11,7 +11,7 @@ from fastnorm import dispatch
 from fastnorm.modules.attributes import read
 from fastnorm.modules.programs import Proxy, Scriptable, leaf
 from fastnorm.ops.activation import check_name
-from fastnorm.ops.batch_norm import batch_norm, mean_only_batch_norm, torch_waits
+from fastnorm.ops.batch_norm import by_way, mean_only_batch_norm, torch_can
 
 
 def _statistics(module: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
@@ -27,12 +27,18 @@ def _statistics(module: Any) -> tuple[Tensor | None, Tensor | None, Tensor | Non
 
 
 def fused(
-    module: Any, input: Tensor, activation: str | None, residual: Tensor | None = None
+    module: Any,
+    way: str | None,
+    input: Tensor,
+    activation: str | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """batch_norm with a layer's parameters, buffers and mode."""
+    """batch_norm with a layer's parameters, buffers and mode, on the way that dispatch.way has
+    found for input."""
     mean, var, count, batch_stats = _statistics(module)
     parameters = module._parameters
-    return batch_norm(
+    return by_way(
+        way,
         input,
         mean,
         var,
@@ -41,9 +47,9 @@ def fused(
         batch_stats,
         module.momentum,
         module.eps,
-        num_batches_tracked=count,
-        activation=activation,
-        residual=residual,
+        count,
+        check_name(activation),
+        residual,
     )
 
 
@@ -55,14 +61,16 @@ class _BatchNorm(Scriptable, torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy):
             return leaf(self, input, residual)
-        if residual is None and self.activation is None and dispatch.native("batch_norm", input):
-            weight, mean = self.weight, self.running_mean
-            if not torch_waits(input, self.momentum) and (
-                weight is None or mean is None or weight.dtype is mean.dtype
-            ):
-                return super().forward(input)
+        way = dispatch.way("batch_norm", input)
+        plain = residual is None and self.activation is None
+        if (
+            way is None
+            and plain
+            and torch_can(input, self.weight, self.running_mean, self.momentum)
+        ):
+            return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        return fused(self, input, self.activation, residual)
+        return fused(self, way, input, self.activation, residual)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):

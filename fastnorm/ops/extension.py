@@ -1,4 +1,4 @@
-"""The compiled extension as the CUDA backend's launchers use it: pointers, dtypes, the stream."""
+"""The compiled extension as the CUDA backend's launchers use it: its lists, the stream."""
 
 from __future__ import annotations
 
@@ -30,19 +30,9 @@ def activation_code(name: str) -> int:
     return names.index(name)
 
 
-def address(x: Tensor | None) -> int:
-    """Where a tensor's data begin; 0 for one that is absent."""
-    return 0 if x is None else x.data_ptr()
-
-
-def array(x: Tensor | None) -> tuple[int, int]:
-    """Address and dtype of a tensor that kernels read in whatever type it has."""
-    return (0, 0) if x is None else (x.data_ptr(), dtype_code(x.dtype))
-
-
 def stream(x: Tensor) -> int:
     """The handle of the current stream of a tensor's device; 0 for a CPU tensor, which the tests
     give to kernels compiled for the CPU."""
     if not x.is_cuda:
         return 0
-    return torch._C._cuda_getCurrentRawStream(x.device.index)
+    return torch._C._cuda_getCurrentRawStream(x.get_device())

@@ -18,15 +18,11 @@ INTERPRETER_PROCESSORS = 2
 
 
 @functools.cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def processors(device: torch.device) -> int:
-    """The number of multiprocessors (SMs) of a device."""
-    if device.type != "cuda":
+def processors(device: int) -> int:
+    """The number of multiprocessors (SMs) of the CUDA device of that index; negative: no device."""
+    if device < 0:
         return INTERPRETER_PROCESSORS
-    return _processors(torch.cuda.current_device() if device.index is None else device.index)
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 _arenas: dict[tuple[int, int], Tensor] = {}

@@ -21,46 +21,57 @@ def _implementation(family: str, backend: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"fastnorm.ops.{family}.{backend}"), name)  # type: ignore[no-any-return]
 
 
-def _as_tuple(outputs: Any) -> tuple[Any, ...]:
-    if outputs is None:  # an op that works in place
-        return ()
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+_current_device = getattr(torch._C, "_cuda_getDevice", None)  # absent in a build for the CPU
 
 
-_alive = torch._C._functorch.unwrap_if_dead
-_PLAIN = (Tensor, torch.nn.Parameter)
+def _straight(family: str, backend: str, name: str, allocate: Callable[..., Any]) -> Any:
+    """The op on one backend, without torch's dispatcher."""
+
+    def implementation(*inputs: Any) -> Any:
+        return _implementation(family, backend, name)(*inputs)
+
+    def allocated(*inputs: Any) -> Any:
+        outputs = allocate(*inputs)
+        given = outputs if type(outputs) is tuple else () if outputs is None else (outputs,)
+        x = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
+        if x.is_cuda and x.get_device() != _current_device():  # type: ignore[misc]
+            with torch.cuda.device(x.device):  # kernels launch on the current one
+                _implementation(family, backend, name)(*inputs, *given)
+        else:
+            _implementation(family, backend, name)(*inputs, *given)
+        return outputs
+
+    return implementation if backend == "reference" else allocated
 
 
-def _unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether torch's dispatcher, given these, would do nothing but come back to us: no trace, mode
-    or profiler wants to see the op, no subclass, and no tensor stands for other data than its own.
+class Op:
+    """An op of ours: torch's dispatcher (``torch.ops.fastnorm.<name>``), or one of the backends.
+
+    ``op.by[way](*inputs)`` goes the way that dispatch.way has found; ``op(*inputs)`` finds it.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._autograd._profiler_enabled()
-        or tensors[0].is_meta  # type: ignore[union-attr]
-    ):
-        return False
-    for x in tensors:  # noqa: SIM110  (a generator takes longer)
-        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
-            return False
-    return True
+
+    def __init__(self, family: str, overload: Any, by: dict[str, Callable[..., Any]]) -> None:
+        self.family = family
+        self.by = by
+        self.tensors = sum("Tensor" in str(a.type) for a in overload._schema.arguments)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.by[self._way(inputs)](*inputs)
+
+    def _way(self, inputs: tuple[Any, ...]) -> str:
+        if torch.compiler.is_compiling():
+            return dispatch.DISPATCHER
+        tensors = inputs[: self.tensors]
+        if type(tensors[0]) is list:
+            tensors = tuple(x for part in tensors for x in (part if type(part) is list else [part]))
+        x, *others = tensors
+        if dispatch.observed(x) or dispatch.strange(*others):
+            return dispatch.DISPATCHER
+        return dispatch.select(self.family, x)
 
 
-def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    """function.apply, without what it does at every call for torch.func, which never comes here
-    (dispatch.transformed)."""
-    if torch.compiler.is_compiling():
-        return function.apply(*inputs)
-    return super(torch.autograd.Function, function).apply(  # type: ignore[misc]
-        *[_alive(x) if type(x) is Tensor else x for x in inputs]
-    )
-
-
-def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) -> Any:
-    """Define ``torch.ops.fastnorm.<name>`` and return what calls it: its overload, or the backend
-    itself where torch's dispatcher would add nothing but time.
+def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) -> Op:
+    """Define ``torch.ops.fastnorm.<name>``.
 
     ``allocate(*inputs)`` returns the outputs (a tensor, a tuple of tensors and Nones, or None for
     an op in place) that ``fastnorm/ops/<family>/
@@ -69,34 +80,35 @@ def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) 
     ``<name>(*inputs)`` and returns ATen's own tensors. The first input is the tensor whose device
     decides, or a list of tensors of one device; tensors come before everything else.
     """
+    by = {
+        backend: _straight(family, backend, name, allocate)
+        for backend in dispatch.CHOICES
+        if backend != "auto"
+    }
 
     def run(*inputs: Any) -> Any:
         x = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
-        backend = dispatch.select(family, x)
-        implementation = _implementation(family, backend, name)
-        if backend == "reference":
-            return implementation(*inputs)
-        outputs = allocate(*inputs)
-        given = outputs if type(outputs) is tuple else _as_tuple(outputs)
-        if x.is_cuda and x.get_device() != torch._C._cuda_getDevice():
-            with torch.cuda.device(x.device):  # kernels launch on the current one
-                implementation(*inputs, *given)
-        else:
-            implementation(*inputs, *given)
-        return outputs
-
-    def call(*inputs: Any) -> Any:
-        given = inputs[:tensors]
-        if type(given[0]) is list:
-            given = tuple(x for part in given for x in (part if isinstance(part, list) else [part]))
-        return run(*inputs) if _unobserved(given) else overload(*inputs)
+        return by[dispatch.select(family, x)](*inputs)
 
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastnorm::{name}", allocate, lib=LIBRARY)
     overload = getattr(torch.ops.fastnorm, name).default
-    tensors = sum("Tensor" in str(argument.type) for argument in overload._schema.arguments)
-    return call
+    return Op(family, overload, {dispatch.DISPATCHER: overload, **by})
+
+
+@functools.cache
+def _applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply without what it does at every call for torch.func, whose tensors never go
+    straight to a backend (dispatch.way)."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc,no-any-return]
+
+
+def apply(function: type[torch.autograd.Function], way: str, *inputs: Any) -> Any:
+    """Call a Function whose forward takes ``inputs`` and the way to its op."""
+    if way == dispatch.DISPATCHER:
+        return function.apply(*inputs, way)
+    return _applied(function)(*inputs, way)
 
 
 def differentiable_backward(

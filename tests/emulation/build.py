@@ -161,7 +161,7 @@ def library(
         host = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     cuda = list(system_flags())
     jobs = [(source, ["-O2", *cuda]) for source in ENGINE]
-    jobs += [(source, ["-O1", *host, *cuda, *include]) for source in bindings]
+    jobs += [(source, ["-O2", *host, *cuda, *include]) for source in bindings]
     jobs += [(source, [*cuda, *include, *KINDS[kind], *KERNEL]) for source in kernels]
     with _alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
         # the kernels first: they take longest
@@ -190,14 +190,20 @@ class Engine:
         self.library.emulation_switches.restype = ctypes.c_size_t
 
     def configure(
-        self, seed: int = 0, resident: int = 0, sms: int = 4, blocks_per_sm: int = 2
+        self,
+        seed: int = 0,
+        resident: int = 0,
+        sms: int = 4,
+        blocks_per_sm: int = 2,
+        dry: bool = False,
     ) -> None:
         """Choose the schedule and the device.
 
         ``seed``: 0 runs threads in order, 1 in reverse, any other at random. ``resident``: how many
-        blocks are in flight at once (0: as many as the device holds).
+        blocks are in flight at once (0: as many as the device holds). ``dry``: launches are looked
+        at and not run, to time what leads to them.
         """
-        self.library.emulation_configure(seed, resident, sms, blocks_per_sm)
+        self.library.emulation_configure(seed, resident, sms, blocks_per_sm, dry)
 
     @property
     def launches(self) -> int:

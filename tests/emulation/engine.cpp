@@ -401,6 +401,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     static std::mutex one_at_a_time;
     std::lock_guard<std::mutex> lock(one_at_a_time);
     if (cudaError_t refused = check(config, kernel)) return refused;
+    if (device.dry) return cudaSuccess;
     const dim3 g = config.gridDim, b = config.blockDim;
     const size_t fit =
         size_t(device.sms) * occupancy(size_t(b.x) * b.y * b.z, config.dynamicSmemBytes);

@@ -79,9 +79,9 @@ using emulation::noted;
 extern "C" {
 
 __attribute__((visibility("default"))) void emulation_configure(unsigned seed, unsigned resident,
-                                                                int sms, int blocks_per_sm) {
+                                                                int sms, int blocks_per_sm, bool dry) {
     device.seed = seed, device.resident = resident;
-    device.sms = sms, device.blocks_per_sm = blocks_per_sm;
+    device.sms = sms, device.blocks_per_sm = blocks_per_sm, device.dry = dry;
 }
 __attribute__((visibility("default"))) size_t emulation_launches() {
     return device.launches;

@@ -96,52 +96,53 @@ class ActivationFunction(torch.autograd.Function):
     """y = activation(x); saves x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, name: str, way: str) -> Tensor:
         ctx.name = name
         ctx.save_for_backward(x)
-        y: Tensor = _forward(x, name)
+        y: Tensor = _forward.by[way](x, name)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return _gradient(x, dy, ctx.name), None
+        return _gradient(x, dy, ctx.name), None, None
 
 
 class InplaceActivationFunction(torch.autograd.Function):
     """y = activation(x), written over ``target``, of which x is a copy that autograd knows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, target: Tensor, name: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, target: Tensor, name: str, way: str) -> Tensor:
         ctx.name = name
         ctx.mark_dirty(target)
         ctx.save_for_backward(x)
-        _forward_(x, target, name)
+        _forward_.by[way](x, target, name)
         return target
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         # not through the other Function's backward: Dynamo cannot trace one from within another
         (x,) = ctx.saved_tensors
-        return _gradient(x, dy, ctx.name), None, None
+        return _gradient(x, dy, ctx.name), None, None, None
 
 
 class SwishFunction(torch.autograd.Function):
     """y = x * sigmoid(beta * x); saves x and beta."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, beta: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, beta: Tensor, way: str) -> Tensor:
         ctx.save_for_backward(x, beta)
-        y: Tensor = _swish_forward(x, beta)
+        y: Tensor = _swish_forward.by[way](x, beta)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, beta = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return differentiable_backward(reference.swish, (x, beta), dy)  # type: ignore[return-value]
-        dx, dbeta = _swish_backward(x, layout.match(dy, x), beta, list(ctx.needs_input_grad))
-        return dx, dbeta
+            return *differentiable_backward(reference.swish, (x, beta), dy), None
+        needs = list(ctx.needs_input_grad[:2])
+        dx, dbeta = _swish_backward(x, layout.match(dy, x), beta, needs)
+        return dx, dbeta, None
 
 
 def activation(input: Tensor, name: str | None, inplace: bool = False) -> Tensor:
@@ -179,29 +180,30 @@ def activation(input: Tensor, name: str | None, inplace: bool = False) -> Tensor
 
 
 def _activation(input: Tensor, name: str, inplace: bool = False) -> Tensor:
-    if dispatch.native("activation", input):
+    way = dispatch.way("activation", input)
+    if way is None:
         if not inplace:
             return reference.ACTIVATIONS[name].value(input)
         # of a copy: what torch's functions save for backward must not be overwritten
         copied = torch.is_grad_enabled() and input.requires_grad
         return input.copy_(reference.ACTIVATIONS[name].value(input.clone() if copied else input))
-    return _by_our_op(input, name, inplace)
+    return _by_our_op(way, input, name, inplace)
 
 
-def _by_our_op(input: Tensor, name: str, inplace: bool) -> Tensor:
+def _by_our_op(way: str, input: Tensor, name: str, inplace: bool) -> Tensor:
     _check_dtype(input, name)
     # copied outside the Function, where autograd sees it: what a Function saves must be what it was
     # given
     if not inplace:
-        return apply(ActivationFunction, layout.dense(input), name)  # type: ignore[no-any-return]
+        return apply(ActivationFunction, way, layout.dense(input), name)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and input.requires_grad:
         if input.is_leaf:
             raise RuntimeError(
                 "a leaf Variable that requires grad is being used in an in-place operation."
             )
-        return apply(InplaceActivationFunction, input.clone(), input, name)  # type: ignore[no-any-return]
+        return apply(InplaceActivationFunction, way, input.clone(), input, name)  # type: ignore[no-any-return]
     with torch.no_grad():
-        _forward_(input, input, name)
+        _forward_.by[way](input, input, name)
     return input
 
 
@@ -260,9 +262,10 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
         >>> fastnorm.functional.silu(torch.tensor([0.0, 1.0]))
         tensor([0.0000, 0.7311])
     """
-    if dispatch.native("activation", input):
+    way = dispatch.way("activation", input)
+    if way is None:
         return torch.nn.functional.silu(input, inplace)
-    return _by_our_op(input, "silu", inplace)
+    return _by_our_op(way, input, "silu", inplace)
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -291,9 +294,10 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
         >>> fastnorm.functional.selu(torch.tensor([0.0, 1.0]))
         tensor([0.0000, 1.0507])
     """
-    if dispatch.native("activation", input):
+    way = dispatch.way("activation", input)
+    if way is None:
         return torch.nn.functional.selu(input, inplace)
-    return _by_our_op(input, "selu", inplace)
+    return _by_our_op(way, input, "selu", inplace)
 
 
 def swish(input: Tensor, beta: Tensor | float = 1.0) -> Tensor:
@@ -338,10 +342,11 @@ def swish(input: Tensor, beta: Tensor | float = 1.0) -> Tensor:
         raise RuntimeError(
             f"input is on {input.device}, beta on {beta.device}: expected both on the same device"
         )
-    if dispatch.native("activation", input):
+    way = dispatch.way("activation", input)
+    if way is None:
         return reference.swish(input, beta)
     x = layout.dense(input)
     if beta.numel() > 1 and not layout.canonical(x):
         x = x.contiguous()
-    result: Tensor = apply(SwishFunction, x, beta.contiguous())
+    result: Tensor = apply(SwishFunction, dispatch.beside(way, beta), x, beta.contiguous())
     return result

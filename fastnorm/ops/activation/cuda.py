@@ -11,19 +11,12 @@ from torch import Tensor
 from fastnorm import layout
 from fastnorm.ops import launch
 from fastnorm.ops.activation.reference import wide_dtype
-from fastnorm.ops.extension import activation_code, address, array, dtype_code, extension, stream
+from fastnorm.ops.extension import activation_code, dtype_code, extension, stream
 
 
 def activation_forward(x: Tensor, name: str, y: Tensor) -> None:
     if x.numel() > 0:
-        extension().activation_forward(
-            y.data_ptr(),
-            x.data_ptr(),
-            x.numel(),
-            activation_code(name),
-            dtype_code(x.dtype),
-            stream(x),
-        )
+        extension().activation_forward(y, x, x.numel(), activation_code(name), stream(x))
 
 
 def activation_forward_(x: Tensor, y: Tensor, name: str) -> None:
@@ -32,15 +25,7 @@ def activation_forward_(x: Tensor, y: Tensor, name: str) -> None:
 
 def activation_backward(x: Tensor, dy: Tensor, name: str, dx: Tensor) -> None:
     if x.numel() > 0:
-        extension().activation_backward(
-            dx.data_ptr(),
-            x.data_ptr(),
-            dy.data_ptr(),
-            x.numel(),
-            activation_code(name),
-            dtype_code(x.dtype),
-            stream(x),
-        )
+        extension().activation_backward(dx, x, dy, x.numel(), activation_code(name), stream(x))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -61,15 +46,13 @@ def _sizes(x: Tensor, beta: Tensor) -> tuple[Any, int]:
         outer, inner = x.size(0), x.numel() // (x.size(0) * channels)
     else:  # channels adjacent
         outer, inner = x.numel() // channels, 1
-    return _plan(outer, channels, inner, x.dtype, launch.processors(x.device))
+    return _plan(outer, channels, inner, x.dtype, launch.processors(x.get_device()))
 
 
 def swish_forward(x: Tensor, beta: Tensor, y: Tensor) -> None:
     if x.numel() > 0:
         sizes, _ = _sizes(x, beta)
-        extension().swish_forward(
-            y.data_ptr(), x.data_ptr(), *array(beta), sizes, dtype_code(x.dtype), stream(x)
-        )
+        extension().swish_forward(y, x, beta, sizes, stream(x))
 
 
 def swish_backward(
@@ -84,15 +67,4 @@ def swish_backward(
     if dbeta is not None:
         partials = torch.empty(count, dtype=wide_dtype(x), device=x.device)
         counters = launch.counters(x, sizes.groups)
-    extension().swish_backward(
-        address(dx),
-        address(dbeta),
-        x.data_ptr(),
-        dy.data_ptr(),
-        *array(beta),
-        address(partials),
-        address(counters),
-        sizes,
-        dtype_code(x.dtype),
-        stream(x),
-    )
+    extension().swish_backward(dx, dbeta, x, dy, beta, partials, counters, sizes, stream(x))

@@ -20,7 +20,8 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def _forward_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    statistic = x.new_empty(x.size(1), dtype=wide_dtype(x))
+    # new_empty takes twice as long
+    statistic = torch.empty(x.size(1), dtype=wide_dtype(x), device=x.device)
     return layout.planes_like(x), statistic, torch.empty_like(statistic)
 
 
@@ -108,8 +109,9 @@ class BatchNormFunction(torch.autograd.Function):
         momentum: float | None,
         eps: float,
         activation: str,
+        way: str,
     ) -> Tensor:
-        y, mean, rstd = _forward(
+        y, mean, rstd = _forward.by[way](
             x,
             residual,
             weight,
@@ -163,7 +165,7 @@ class BatchNormFunction(torch.autograd.Function):
                 found = [dx, dresidual, dweight, dbias]
         if plain and ctx.needs_input_grad[1]:
             found[1] = dy
-        return *found, None, None, None, None, None, None, None
+        return *found, *[None] * 8
 
 
 class MeanOnlyBatchNormFunction(torch.autograd.Function):
@@ -179,9 +181,10 @@ class MeanOnlyBatchNormFunction(torch.autograd.Function):
         num_batches_tracked: Tensor | None,
         batch_stats: bool,
         momentum: float | None,
+        way: str,
     ) -> Tensor:
         ctx.save_for_backward(bias)
-        y: Tensor = _mean_only_forward(
+        y: Tensor = _mean_only_forward.by[way](
             x, bias, running_mean, num_batches_tracked, batch_stats, momentum
         )
         ctx.batch_stats, ctx.strides = batch_stats, y.stride()
@@ -202,7 +205,7 @@ class MeanOnlyBatchNormFunction(torch.autograd.Function):
                 dy_in_place, bias, ctx.batch_stats, [needs[0] and not through, needs[1]]
             )
             dx = dy if through else dx
-        return (dx if needs[0] else None), dbias, None, None, None, None
+        return (dx if needs[0] else None), dbias, *[None] * 5
 
 
 def _served(
@@ -219,7 +222,7 @@ def _served(
         return False
     for p in parameters:
         if p is not None and not (
-            p.dim() == 1 and p.size(0) == channels and p.device == device and p.is_floating_point()
+            p.shape == (channels,) and p.device == device and p.is_floating_point()
         ):
             return False
     return True
@@ -235,12 +238,6 @@ def check_parameters(x: Tensor, **parameters: Tensor | None) -> None:
             raise RuntimeError(
                 f"{what} is on {value.device}, input on {x.device}: expected the same device"
             )
-
-
-def torch_waits(x: Tensor, momentum: float | None) -> bool:
-    """Whether torch's own layer would read the count of batches from a device, which waits for it
-    and breaks a graph."""
-    return momentum is None and (torch.compiler.is_compiling() or not x.is_cpu)
 
 
 def check_residual(x: Tensor, residual: Tensor | None) -> bool:
@@ -319,14 +316,52 @@ def batch_norm(
         tensor([[0.0000, 0.0000],
                 [1.0000, 1.0000]])
     """
-    name = check_name(activation)
-    inside = residual is None or check_residual(input, residual)
-    # nor can torch take parameters and statistics of two dtypes
-    torch_can = not torch_waits(input, momentum) and (
-        weight is None or running_mean is None or weight.dtype == running_mean.dtype
+    return by_way(
+        dispatch.way("batch_norm", input),
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        num_batches_tracked,
+        check_name(activation),
+        residual,
     )
+
+
+def torch_can(
+    x: Tensor, weight: Tensor | None, running_mean: Tensor | None, momentum: float | None
+) -> bool:
+    """Whether torch's own function is a way to go: it cannot take parameters and statistics of two
+    dtypes, nor average the statistics of all batches without reading their count, which waits for a
+    device and breaks a graph."""
+    if momentum is None and (torch.compiler.is_compiling() or not x.is_cpu):
+        return False
+    return weight is None or running_mean is None or weight.dtype is running_mean.dtype
+
+
+def by_way(
+    way: str | None,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """:func:`batch_norm` on the way that dispatch.way has found for input."""
+    inside = residual is None or check_residual(input, residual)
     fits = None
-    if not (torch_can and dispatch.native("batch_norm", input)):
+    forbidden = way is None and not torch_can(input, weight, running_mean, momentum)
+    if way is not None or forbidden:
         fits = (
             _served(input, training, (weight, bias, running_mean, running_var))
             and (eps > 0 or (eps == 0 and not training))
@@ -349,27 +384,32 @@ def batch_norm(
             share or 0.0,
             eps,
             residual,
-            name,
+            activation,
         )
     if not training:
         num_batches_tracked = None
-    rest = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
-    f = name if inside else "identity"
-    if not torch_can and dispatch.transformed():  # what `native` says no to is not
-        y = reference.traced(input, residual if inside else None, weight, bias, *rest, f)
-        return y if inside else reference.finish(y, residual, name)
+    statistics = (running_mean, running_var, num_batches_tracked)
+    rest = (training, momentum, eps)
+    f = activation if inside else "identity"
+    if forbidden and dispatch.transformed():
+        y = reference.traced(
+            input, residual if inside else None, weight, bias, *statistics, *rest, f
+        )
+        return y if inside else reference.finish(y, residual, activation)
     y = apply(
         BatchNormFunction,
+        dispatch.beside(way, residual, weight, bias, *statistics),
         layout.to_planes(input),
         layout.match(residual, layout.planes_like(input))
         if inside and residual is not None
         else None,
         weight,
         bias,
+        *statistics,
         *rest,
         f,
     )
-    return y if inside else reference.finish(y, residual, name)
+    return y if inside else reference.finish(y, residual, activation)
 
 
 def mean_only_batch_norm(
@@ -441,13 +481,15 @@ def mean_only_batch_norm(
         )
     if input.numel() == 0:
         return reference.mean_only_composite(input, bias, None if training else running_mean)
-    if dispatch.transformed():
+    way = dispatch.way("batch_norm", input)
+    if way is None and dispatch.transformed():
         if training:
             with torch.no_grad():
                 reference.mean_only_statistics(input, running_mean, num_batches_tracked, momentum)
         return reference.mean_only_composite(input, bias, None if training else running_mean)
     y: Tensor = apply(
         MeanOnlyBatchNormFunction,
+        dispatch.beside(way, bias, running_mean, num_batches_tracked),
         layout.to_planes(input),
         bias,
         running_mean,

@@ -53,7 +53,7 @@ def plan(x: Tensor, y: Tensor, operands: int) -> Plan:
         TILE_BYTES,
         operands,
         OWNER_TILES,
-        processors(x.device),
+        processors(x.get_device()),
     )
 
 

@@ -21,7 +21,7 @@ from fastnorm.ops.batch_norm import (
     collectives,
 )
 from fastnorm.ops.batch_norm.composite import channelwise, composite, finish
-from fastnorm.ops.registry import apply, differentiable_backward, register
+from fastnorm.ops.registry import differentiable_backward, register
 
 # the outputs, and what an op of synchronisation looks like to torch
 
@@ -277,8 +277,7 @@ def sync_batch_norm(
     name = check_name(activation)
     inside = residual is None or check_residual(input, residual)
     _check(input, running_mean, running_var, eps, weight=weight, bias=bias)
-    y: Tensor = apply(
-        SyncBatchNormFunction,
+    y: Tensor = SyncBatchNormFunction.apply(  # type: ignore[no-untyped-call]
         layout.to_planes(input),
         layout.match(residual, layout.planes_like(input))
         if inside and residual is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastnorm.ops import launch
 from fastnorm.ops.activation.reference import wide_dtype
-from fastnorm.ops.extension import activation_code, address, array, dtype_code, extension, stream
+from fastnorm.ops.extension import activation_code, extension, stream
 from fastnorm.ops.layer_norm.views import dense, in_place, rows_adjacent
 
 
@@ -97,7 +97,6 @@ def _chunked(shape: Shape, chunk: int) -> dict[str, int]:
     return {"ticket": 1, "block": 256, "chunk": chunk, "chunks": -(-shape.cols // chunk)}
 
 
-@functools.lru_cache(maxsize=4096)
 def forward_plan(shape: Shape, limits: Limits) -> Any:
     """The rule of the forward: whole rows in registers as long as they fit, else chunks."""
     if in_registers(shape.cols, shape.size, limits, backward=False):
@@ -113,7 +112,6 @@ def _batches(shape: Shape) -> int:
     return shape.rows // shape.batch_rows if shape.transposed else 1
 
 
-@functools.lru_cache(maxsize=4096)
 def backward_plan(shape: Shape, dy_size: int, wants_dx: bool, wanted: int, limits: Limits) -> Any:
     """The rule of the backward: whole rows in the registers of persistent blocks, else chunks.
 
@@ -158,26 +156,10 @@ def backward_plan(shape: Shape, dy_size: int, wants_dx: bool, wanted: int, limit
     )  # fmt: skip
 
 
-Rows = tuple[int, int, int]  # strides of a batch, a row and a column
-Layout = tuple[tuple[int, ...], torch.dtype]  # a tensor's strides and dtype
-
-
 def _turned(x: Tensor, dims: int, backward: bool, limits: Limits) -> int:
     """Up to how many columns adjacent rows are read in place: where whole rows are in registers."""
     cols = math.prod(x.shape[x.dim() - dims :])
     return limits.transposed_cols if in_registers(cols, x.element_size(), limits, backward) else 0
-
-
-def _shape(views: Sequence[Tensor], device: torch.device) -> Shape:
-    x = views[0]
-    return Shape(
-        rows=x.size(0) * x.size(1),
-        batch_rows=x.size(1),
-        cols=x.size(2),
-        size=x.element_size(),
-        transposed=sum(map(rows_adjacent, views)),
-        processors=launch.processors(device),
-    )
 
 
 def _views(dims: int, backward: bool, limits: Limits, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -190,41 +172,65 @@ def _views(dims: int, backward: bool, limits: Limits, tensors: Sequence[Tensor])
     return views
 
 
+class Cut(NamedTuple):
+    """What kernels see of x and the tensor beside it (residual or dy), both of one shape."""
+
+    shape: Shape
+    view: Any  # the same for the extension, with the strides of both
+    plan: Any
+    copied: bool  # they see copies
+
+
+class Wants(NamedTuple):
+    """Gradients: of x?, and how many of parameters."""
+
+    dx: bool
+    parameters: int
+
+
+def _cut_views(views: Sequence[Tensor], device: int, wants: Wants | None, copied: bool) -> Cut:
+    x, beside = views[0], views[-1]
+    shape = Shape(
+        rows=x.size(0) * x.size(1),
+        batch_rows=x.size(1),
+        cols=x.size(2),
+        size=x.element_size(),
+        transposed=sum(map(rows_adjacent, views)),
+        processors=launch.processors(device),
+    )
+    if wants is None:
+        plan = forward_plan(shape, LIMITS)
+    else:
+        plan = backward_plan(shape, beside.element_size(), wants.dx, wants.parameters, LIMITS)
+    strides = (x.stride(), beside.stride())
+    view = extension().LayerNormView(shape.rows, shape.batch_rows, shape.cols, *strides)
+    return Cut(shape, view, plan, copied)
+
+
 @functools.lru_cache(maxsize=4096)
-def _seen(
-    dims: int, backward: bool, limits: Limits, device: torch.device, shape: torch.Size,
-    *layouts: Layout,
-) -> tuple[Shape, list[Rows]] | None:  # fmt: skip
-    """How kernels read tensors of one shape and these layouts where they lie; None where they read
-    copies. Decided on tensors without data: a look at shape and strides is all that a call pays."""
+def _cut(
+    dims: int, wants: Wants | None, limits: Limits, device: int, shape: torch.Size, *layouts: Any
+) -> Cut:
+    """How kernels read tensors of one shape and these strides and dtypes, one after the other.
+    Decided on tensors without data: shapes and strides are all that a call looks at."""
     tensors = [
         torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-        for strides, dtype in layouts
+        for strides, dtype in zip(layouts[::2], layouts[1::2], strict=True)
     ]
-    views = _views(dims, backward, limits, tensors)
-    for x, view in zip(tensors, views, strict=True):
-        if view.untyped_storage()._cdata != x.untyped_storage()._cdata:
-            return None
-    return _shape(views, device), [(*view.stride(),) for view in views]  # type: ignore[misc]
+    views = _views(dims, wants is not None, limits, tensors)
+    copied = any(
+        view.untyped_storage()._cdata != x.untyped_storage()._cdata
+        for x, view in zip(tensors, views, strict=True)
+    )
+    return _cut_views(views, device, wants, copied)
 
 
-def _look(
-    dims: int, backward: bool, *tensors: Tensor
-) -> tuple[Shape, list[tuple[int, int, int, int]], Sequence[Tensor]]:
-    """What kernels see of tensors of one shape, each as address and strides, and the tensors that
-    lie there."""
-    x = tensors[0]
-    layouts = [(t.stride(), t.dtype) for t in tensors]
-    found = _seen(dims, backward, LIMITS, x.device, x.shape, *layouts)
-    if found is None:
-        tensors = tuple(_views(dims, backward, LIMITS, tensors))
-        found = _shape(tensors, x.device), [(*t.stride(),) for t in tensors]  # type: ignore[misc]
-    shape, strides = found
-    rows = [(t.data_ptr(), *step) for t, step in zip(tensors, strides, strict=True)]
-    return shape, rows, tensors
-
-
-NOTHING = (0, 0, 0, 1)  # the rows of a tensor that is absent
+def _copies(dims: int, wants: Wants | None, *tensors: Tensor | None) -> tuple[Any, Any, Cut]:
+    """x and the tensor beside it as kernels can read them, and what they see of them."""
+    there = [t for t in tensors if t is not None]
+    views = _views(dims, wants is not None, LIMITS, there)
+    cut = _cut_views(views, views[0].get_device(), wants, True)
+    return views[0], views[1] if len(views) > 1 else None, cut
 
 
 def layer_norm_forward(
@@ -246,19 +252,20 @@ def layer_norm_forward(
         mean.zero_()
         rstd.fill_(math.nan)
         return
-    tensors = (x,) if residual is None else (x, residual)
-    shape, rows, _alive = _look(dims, False, *tensors)
-    plan = forward_plan(shape, LIMITS)
+    layouts: tuple[Any, ...] = (x.stride(), x.dtype)
+    if residual is not None:
+        layouts += (residual.stride(), residual.dtype)
+    cut = _cut(dims, None, LIMITS, x.get_device(), x.shape, *layouts)
+    if cut.copied:
+        x, residual, cut = _copies(dims, None, x, residual)
+    shape, plan = cut.shape, cut.plan
     partials = counters = None
     if plan.ticket:
         partials = torch.empty((shape.rows, plan.chunks, 2), dtype=mean.dtype, device=x.device)
         counters = launch.counters(x, 2 + shape.rows)
-    weight, bias = dense(weight), dense(bias)
     extension().layer_norm_forward(
-        array(y), address(total), mean.data_ptr(), rstd.data_ptr(),
-        rows[0], NOTHING if residual is None else rows[1], array(weight), array(bias),
-        address(partials), address(counters), eps, shape.rows, shape.batch_rows, shape.cols,
-        activation_code(activation), plan, dtype_code(x.dtype), stream(x),
+        y, total, mean, rstd, x, residual, dense(weight), dense(bias), partials, counters, eps,
+        activation_code(activation), cut.view, plan, stream(x),
     )  # fmt: skip
 
 
@@ -287,8 +294,12 @@ def layer_norm_backward(
         dy = dy.to(x.dtype)
     if dy.dtype != x.dtype:  # tiles are turned round in the dtype of x
         dy = dy.contiguous()
-    shape, rows, _alive = _look(dims, True, x, dy)
-    plan = backward_plan(shape, dy.element_size(), dx is not None, wanted, LIMITS)
+    wants = Wants(dx is not None, wanted)
+    layouts = (x.stride(), x.dtype, dy.stride(), dy.dtype)
+    cut = _cut(dims, wants, LIMITS, x.get_device(), x.shape, *layouts)
+    if cut.copied:
+        x, dy, cut = _copies(dims, wants, x, dy)
+    shape, plan = cut.shape, cut.plan
     wide, M, N = wide_dtype(x), shape.rows, shape.cols
     parts = partials = totals = counters = None
     if wanted:
@@ -298,12 +309,8 @@ def layer_norm_backward(
         totals = torch.empty((M, 2), dtype=wide, device=x.device)
     if wanted or plan.ticket:
         counters = launch.counters(x, 3 + plan.groups)
-    weight, bias = dense(weight), dense(bias)
     dsum = None if dsum is None else dsum.contiguous()
     extension().layer_norm_backward(
-        address(dx), array(dweight), array(dbias),
-        rows[0], rows[1], dtype_code(dy.dtype), address(dsum),
-        array(weight), array(bias), mean.data_ptr(), rstd.data_ptr(),
-        address(parts), address(partials), address(totals), address(counters),
-        M, shape.batch_rows, N, activation_code(activation), plan, dtype_code(x.dtype), stream(x),
+        dx, dweight, dbias, x, dy, dsum, dense(weight), dense(bias), mean, rstd,
+        parts, partials, totals, counters, activation_code(activation), cut.view, plan, stream(x),
     )  # fmt: skip

@@ -159,7 +159,7 @@ def _forward_long(
     )
     if y.dtype == torch.float64:  # see _backward_long
         constants["maxnreg"] = 255
-    processors = launch.processors(y.device)
+    processors = launch.processors(y.get_device())
     if N < SHARED_ROW or M >= processors:  # noqa: SIM300
         normalize_long_kernel[(M,)](
             *outputs, *operands, *launch.split(eps), N // align, *strides, **constants
@@ -252,7 +252,7 @@ def _backward_short(
     tile = _tile(N, thread, transposed, 8 if transposed else 16)
     tile["maxnreg"] = 128 if tile["num_warps"] == 16 else 168  # see _backward_long
     tiles = triton.cdiv(S, tile["ROWS"])
-    programs = min(_programs(M, N, launch.processors(x.device)), B * tiles)
+    programs = min(_programs(M, N, launch.processors(x.get_device())), B * tiles)
     parts, dweight, dbias = _parts(operands[-1], programs, N, wants_weight, wants_bias)
     backward_kernel[(programs,)](
         dx, dweight, dbias, *views, *operands, B, S // row_align, N // col_align, tiles,
@@ -275,7 +275,7 @@ def _backward_long(
     block = BACKWARD_BLOCK // 2 if x.dtype == torch.float64 else BACKWARD_BLOCK
     chunks, groups = triton.cdiv(N, block), triton.cdiv(M, GROUP)
     span = 1 if GROUP * N * (x.element_size() + dy.element_size()) <= GROUP_BYTES else groups
-    lag = chunks - 1 + launch.processors(x.device) // 2
+    lag = chunks - 1 + launch.processors(x.get_device()) // 2
     # said explicitly: left to itself the assembler spills a little to reach the next step of
     # occupancy
     registers = 128 if align * x.element_size() >= 16 and x.dtype != torch.float64 else 255

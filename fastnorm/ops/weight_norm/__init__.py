@@ -103,14 +103,16 @@ class WeightNormFunction(torch.autograd.Function):
     """w = g * v / ||v||; saves v, g and the norm."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, g: Tensor, dim: int | None, eps: float | None) -> Tensor:
-        w, norm = _forward(v, g, dim, eps)
+    def forward(
+        ctx: Any, v: Tensor, g: Tensor, dim: int | None, eps: float | None, way: str
+    ) -> Tensor:
+        w, norm = _forward.by[way](v, g, dim, eps)
         ctx.dim, ctx.eps = dim, eps
         ctx.save_for_backward(v, g, norm)
         return w  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
         v, g, norm = ctx.saved_tensors
         if torch.is_grad_enabled():
             dv, dg = differentiable_backward(
@@ -120,7 +122,7 @@ class WeightNormFunction(torch.autograd.Function):
             dv, dg = _backward(
                 v, g, norm, dw.contiguous(), ctx.dim, ctx.eps, list(ctx.needs_input_grad[:2])
             )
-        return dv, dg, None, None
+        return dv, dg, None, None, None
 
 
 def _mend_double_backward(w: Tensor, v: Tensor, g: Tensor, dim: int | None) -> None:
@@ -194,9 +196,12 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0, eps: float | None = N
     if v.numel() == 0:
         # nothing to normalise: zero gradients, where a norm would give 0/0 (and torch a crash)
         return v * g
-    if dispatch.native("weight_norm", v):
+    way = dispatch.way("weight_norm", v)
+    if way is None:
         return _native(v, g, dim, eps)
     # made contiguous here and not in the Function: double backward must find the way back to a
     # strided v
-    w: Tensor = apply(WeightNormFunction, v.contiguous(), g.contiguous(), dim, eps)
+    w: Tensor = apply(
+        WeightNormFunction, dispatch.beside(way, g), v.contiguous(), g.contiguous(), dim, eps
+    )
     return w

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastnorm.ops import launch
-from fastnorm.ops.extension import address, dtype_code, extension, stream
+from fastnorm.ops.extension import dtype_code, extension, stream
 from fastnorm.ops.weight_norm.reference import WHOLE, canonical, promoted
 
 # of a layer: v's shape, dim (WHOLE: one norm of all), eps (0: none), the dtypes of w, v and g
@@ -35,26 +35,17 @@ def _plan_of(
         (v.shape, dim, eps, promoted(v, g), v.dtype, g.dtype)
         for v, g, dim, eps in zip(v, g, dim, eps, strict=True)
     )
-    plan = _plan(layers, launch.processors(v[0].device))
+    plan = _plan(layers, launch.processors(v[0].get_device()))
     if not plan.counters:
         return plan, None, None
     partials = torch.empty(plan.partials, dtype=torch.float64, device=v[0].device)
     return plan, partials, launch.counters(v[0], plan.counters)
 
 
-def _addresses(tensors: list[Tensor]) -> list[int]:
-    return [x.data_ptr() for x in tensors]
-
-
-def _norm_addresses(norm: Tensor, begin: list[int]) -> list[int]:
-    start, size = norm.data_ptr(), norm.element_size()
-    return [start + size * i for i in begin]
-
-
-def _wanted(outputs: list[Tensor], needs: list[bool]) -> list[int]:
-    """The address of every layer's output, of which there are only those that are needed."""
+def _all(outputs: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
+    """Every layer's output, of which there are only those that are needed."""
     found = iter(outputs)
-    return [next(found).data_ptr() if needed else 0 for needed in needs]
+    return [next(found) if needed else None for needed in needs]
 
 
 def weight_norm_group_forward(
@@ -67,16 +58,7 @@ def weight_norm_group_forward(
 ) -> None:
     plan, partials, counters = _plan_of(v, g, dim, eps)
     begin = list(itertools.accumulate((x.numel() for x in g[:-1]), initial=0))
-    extension().weight_norm_forward(
-        plan,
-        _addresses(w),
-        _addresses(v),
-        _addresses(g),
-        _norm_addresses(norm, begin),
-        address(partials),
-        address(counters),
-        stream(v[0]),
-    )
+    extension().weight_norm_forward(plan, w, v, g, norm, begin, partials, counters, stream(v[0]))
 
 
 def weight_norm_group_backward(
@@ -94,17 +76,9 @@ def weight_norm_group_backward(
 ) -> None:
     plan, partials, counters = _plan_of(v, g, dim, eps)
     extension().weight_norm_backward(
-        plan,
-        _wanted(dv, needs_v),
-        _wanted(dg, needs_g),
-        _addresses(v),
-        _addresses(g),
-        _norm_addresses(norm, begin),
-        _addresses(dw),
-        address(partials),
-        address(counters),
+        plan, _all(dv, needs_v), _all(dg, needs_g), v, g, norm, begin, dw, partials, counters,
         stream(v[0]),
-    )
+    )  # fmt: skip
 
 
 def weight_norm_forward(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import dispatch
-from fastnorm.ops.registry import apply, differentiable_backward, register
+from fastnorm.ops.registry import differentiable_backward, register
 from fastnorm.ops.weight_norm import check, normalized_dim, reference, weight_norm
 
 # the outputs, and what the ops look like to torch
@@ -154,8 +154,7 @@ def weight_norm_group(
         if _each_alone([v[i] for i in indices]):
             found |= {i: weight_norm(v[i], g[i], dim[i], eps[i]) for i in indices}
             continue
-        every = apply(
-            WeightNormGroupFunction,
+        every = WeightNormGroupFunction.apply(  # type: ignore[no-untyped-call]
             dims,
             [eps[i] or 0.0 for i in indices],
             *[v[i].contiguous() for i in indices],
@@ -169,5 +168,5 @@ def _each_alone(v: list[Tensor]) -> bool:
     """Whether torch's own function serves these layers, or the smallest of them where each takes a
     launch."""
     if dispatch.select("weight_norm", v[0]) == "cuda":
-        return dispatch.native("weight_norm", v[0], sum(x.numel() for x in v))
-    return any(dispatch.native("weight_norm", x) for x in v)
+        return dispatch.way("weight_norm", v[0], sum(x.numel() for x in v)) is None
+    return any(dispatch.way("weight_norm", x) is None for x in v)

@@ -35,9 +35,9 @@ def _align(*sizes: int) -> int:
 
 def _splits(v: Tensor, programs: int, blocks: int) -> int:
     """Into how many parts each range of `blocks` goes so that the device is busy."""
-    if v.numel() < SPLIT_FROM or programs >= launch.processors(v.device):
+    if v.numel() < SPLIT_FROM or programs >= launch.processors(v.get_device()):
         return 1
-    return max(1, min(2 * launch.processors(v.device) // programs, blocks // 2, MAX_SPLITS))
+    return max(1, min(2 * launch.processors(v.get_device()) // programs, blocks // 2, MAX_SPLITS))
 
 
 # (groups, splits, entries of a partial, sizes, constexprs) of a launch
