@@ -1,15 +1,15 @@
-"""Host time of the CUDA path's Python part: every launch of the extension does nothing.
+"""Host time of the CUDA path up to the launch: the kernels compiled for a CPU are not run.
 
-A call of a layer with gradient then costs what Python, the autograd Function and the allocation of
-outputs cost, on any machine. `python -m benchmarks.host FILE [OP ...]` writes it beside torch's own
-layers, on tensors so small that their arithmetic is next to nothing.
+A call of a layer with gradient then costs what Python, the autograd Function, the allocation of
+outputs and the extension's bindings and launcher cost, on any machine. `python -m benchmarks.host
+FILE [OP ...]` writes it beside torch's own layers, on tensors so small that their arithmetic is
+next to nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,66 +22,31 @@ import fastnorm
 from benchmarks import schema, timing
 from benchmarks.environment import environment
 from fastnorm import dispatch
-from fastnorm.ops import extension
-from fastnorm.ops.activation import NAMES
+from fastnorm.ops.extension import extension
+from tests import emulation
 
 STUBBED = "fastnorm, launch stubbed out"
 ROUNDS = 20  # the providers take turns: a busy moment of the machine must not hit one alone
 
 
-class _Answer(int):
-    """What a stubbed function returns: a number, and the plan of a small tensor, whose kernels wait
-    for nobody and need no workspace."""
-
-    def __getattr__(self, name: str) -> int:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        setattr(self, name, 0)  # as quick, the next time, as what it stands for
-        return 0
-
-
-class _Stub(types.ModuleType):
-    """An extension that serves CPU tensors by doing nothing."""
-
-    emulated = True
-    ACTIVATIONS = NAMES
-    DTYPES = ("float32", "float16", "bfloat16", "float64")
-
-    @staticmethod
-    def unavailable() -> None:
-        return None
-
-    def __getattr__(self, name: str) -> Callable[..., _Answer]:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        answer = _Answer(1)
-        setattr(self, name, lambda *_: answer)
-        return getattr(self, name)  # type: ignore[no-any-return]
-
-
-def _forget() -> None:
-    """Whatever was cached of the extension: itself, what it can do, its codes and plans."""
-    for module in [m for name, m in sys.modules.items() if name.startswith("fastnorm.")]:
-        for cached in vars(module).values():
-            if hasattr(cached, "cache_clear"):
-                cached.cache_clear()
-
-
 @contextlib.contextmanager
 def launches_stubbed_out() -> Iterator[None]:
-    """The CUDA backend, forced, on CPU tensors, without its kernels."""
-    before = sys.modules.get("fastnorm._cuda")
-    sys.modules["fastnorm._cuda"] = _Stub("fastnorm._cuda")
-    _forget()
+    """The CUDA backend, forced, on CPU tensors; its launches are looked at and not run."""
+    if "fastnorm._cuda" not in sys.modules:
+        emulation.activate()
+    missing = fastnorm.backends()["cuda"]
+    if missing is not None or not dispatch.emulating():
+        raise RuntimeError(
+            "host times are taken of the CUDA kernels compiled for a CPU, which are not there: "
+            f"{missing or 'this process has those for a GPU'}"
+        )
+    engine = extension().engine
+    engine.configure(dry=True)
     try:
-        assert dispatch.emulating() and isinstance(extension.extension(), _Stub)
         with fastnorm.backend("cuda"):
             yield
     finally:
-        del sys.modules["fastnorm._cuda"]
-        if before is not None:
-            sys.modules["fastnorm._cuda"] = before
-        _forget()
+        engine.configure()
 
 
 @dataclass(frozen=True)

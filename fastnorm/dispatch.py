@@ -275,11 +275,7 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def transformed() -> bool:
-    """Whether a call has to be made of torch's functions alone: torch.func, forward-mode AD and
-    torch.jit.trace do not see through ours, and what torch.export writes has to run without us."""
-    if is_compiling():
-        return _policy == "decompose" or is_exporting()
+def _for_torch_alone() -> bool:
     return (
         _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -287,26 +283,30 @@ def transformed() -> bool:
     )
 
 
+def transformed() -> bool:
+    """Whether a call has to be made of torch's functions alone: torch.func, forward-mode AD and
+    torch.jit.trace do not see through ours, and what torch.export writes has to run without us."""
+    if is_compiling():
+        return _policy == "decompose" or is_exporting()
+    return _for_torch_alone()
+
+
 DISPATCHER = "dispatcher"  # the way of a call through torch's dispatcher
 
 
-def strange(*tensors: Tensor | None) -> bool:
-    """Whether one is more than its data: a subclass, what torch.func has left of a tensor, a view
+def strange(x: Tensor) -> bool:
+    """Whether x is more than its data: a subclass, what torch.func has left of a tensor, a view
     that negates."""
-    for x in tensors:
-        if x is not None:
-            kind = type(x)
-            if x.is_neg() or (
-                kind is not Parameter and (kind is not Tensor or is_functorch_wrapped_tensor(x))
-            ):
-                return True
-    return False
+    kind = type(x)
+    return (
+        kind is not Parameter and (kind is not Tensor or is_functorch_wrapped_tensor(x))
+    ) or x.is_neg()
 
 
 def observed(x: Tensor) -> bool:
     """Whether torch's dispatcher, given x, would do more than come back to us: for a mode, a
     profiler, the shape of an output that is never computed."""
-    return bool(_len_torch_dispatch_stack() > 0 or _profiler_enabled() or x.is_meta or strange(x))
+    return _len_torch_dispatch_stack() > 0 or _profiler_enabled() or x.is_meta or strange(x)
 
 
 def way(family: str, x: Tensor, elements: int | None = None) -> str | None:
@@ -316,15 +316,16 @@ def way(family: str, x: Tensor, elements: int | None = None) -> str | None:
 
     ``elements``: of all tensors that one launch serves, where x is not the only one.
     """
-    auto = _forced == "auto"
-    backend = _preferred(family) if auto and x.is_cuda else None
-    if (auto and backend is None) or transformed():
-        return None
-    # under torch.compile a size would become a guard: one compiled graph serves every batch size
-    if is_compiling():
-        return DISPATCHER
-    if backend is not None and (
-        (x.numel() if elements is None else elements) < RULES[family].from_elements[backend]
+    backend = None
+    if _forced == "auto":
+        backend = _preferred(family) if x.is_cuda else None
+        if backend is None:
+            return None
+    if is_compiling():  # a size would become a guard: one compiled graph serves every batch size
+        return None if transformed() else DISPATCHER
+    if _for_torch_alone() or (
+        backend is not None
+        and (x.numel() if elements is None else elements) < RULES[family].from_elements[backend]
     ):
         return None
     return DISPATCHER if observed(x) else backend or select(family, x)
@@ -332,7 +333,12 @@ def way(family: str, x: Tensor, elements: int | None = None) -> str | None:
 
 def beside(way: str | None, *tensors: Tensor | None) -> str:
     """The way to our op that a call takes with these tensors beside the one it was found for."""
-    return DISPATCHER if way is None or way == DISPATCHER or strange(*tensors) else way
+    if way is None or way == DISPATCHER:
+        return DISPATCHER
+    for x in tensors:
+        if x is not None and strange(x):
+            return DISPATCHER
+    return way
 
 
 def select(family: str, x: Tensor) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 
-def read(module: Any, tensors: dict[str, Any], name: str) -> Any:
-    """``module.name`` from its ``_parameters`` or ``_buffers``, where nn.Module would find it after
-    a search; by that search where it is not there, as in a parametrized layer."""
-    return tensors[name] if name in tensors else getattr(module, name, None)
+def pair(module: Any, tensors: dict[str, Any], first: str, second: str) -> tuple[Any, Any]:
+    """``module.first`` and ``module.second`` from its ``_parameters`` or ``_buffers``, where
+    nn.Module would find them after a search; by that search where they are not there, as in a
+    parametrized layer."""
+    if first in tensors and second in tensors:
+        return tensors[first], tensors[second]
+    return getattr(module, first, None), getattr(module, second, None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import dispatch
-from fastnorm.modules.attributes import read
+from fastnorm.modules.attributes import pair
 from fastnorm.modules.programs import Proxy, Scriptable, leaf
 from fastnorm.ops.activation import check_name
 from fastnorm.ops.batch_norm import by_way, mean_only_batch_norm, torch_can
@@ -18,12 +18,15 @@ def _statistics(module: Any) -> tuple[Tensor | None, Tensor | None, Tensor | Non
     """(running mean, running variance, batches so far, batch statistics?): what a layer's mode and
     buffers mean for one forward, as torch's layers read them."""
     training, tracks, buffers = module.training, module.track_running_stats, module._buffers
-    mean, var = read(module, buffers, "running_mean"), read(module, buffers, "running_var")
+    mean, var = pair(module, buffers, "running_mean", "running_var")
     batch_stats = training or (mean is None and var is None)
     if training and not tracks:
         return None, None, None, True
-    count = read(module, buffers, "num_batches_tracked") if training else None
-    return mean, var, count, batch_stats
+    if not training:
+        return mean, var, None, batch_stats
+    if "num_batches_tracked" in buffers:
+        return mean, var, buffers["num_batches_tracked"], True
+    return mean, var, getattr(module, "num_batches_tracked", None), True
 
 
 def fused(
@@ -36,14 +39,14 @@ def fused(
     """batch_norm with a layer's parameters, buffers and mode, on the way that dispatch.way has
     found for input."""
     mean, var, count, batch_stats = _statistics(module)
-    parameters = module._parameters
+    weight, bias = pair(module, module._parameters, "weight", "bias")
     return by_way(
         way,
         input,
         mean,
         var,
-        read(module, parameters, "weight"),
-        read(module, parameters, "bias"),
+        weight,
+        bias,
         batch_stats,
         module.momentum,
         module.eps,
@@ -237,9 +240,8 @@ class _MeanOnlyBatchNorm(Scriptable, torch.nn.Module):
             expected = " or ".join(f"{n}D" for n in self.dimensions)
             raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
         mean, _, count, batch_stats = _statistics(self)
-        bias = read(self, self._parameters, "bias")
         return mean_only_batch_norm(
-            input, mean, bias, batch_stats, self.momentum, num_batches_tracked=count
+            input, mean, self.bias, batch_stats, self.momentum, num_batches_tracked=count
         )
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnorm.modules.attributes import read
+from fastnorm.modules.attributes import pair
 from fastnorm.modules.programs import Proxy, Scriptable, leaf
 from fastnorm.ops.activation import check_name
 from fastnorm.ops.layer_norm import layer_norm
@@ -59,12 +59,12 @@ class LayerNorm(Scriptable, torch.nn.LayerNorm):
         """activation(layer_norm(input + residual)), and with ``return_sum`` the sum as well."""
         if isinstance(input, Proxy):
             return leaf(self, input, residual, return_sum or None)
-        parameters = self._parameters
+        weight, bias = pair(self, self._parameters, "weight", "bias")
         return layer_norm(
             input,
             self.normalized_shape,
-            read(self, parameters, "weight"),
-            read(self, parameters, "bias"),
+            weight,
+            bias,
             self.eps,
             activation=self.activation,
             residual=residual,

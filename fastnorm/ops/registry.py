@@ -33,10 +33,10 @@ def _straight(family: str, backend: str, name: str, allocate: Callable[..., Any]
     def allocated(*inputs: Any) -> Any:
         outputs = allocate(*inputs)
         given = outputs if type(outputs) is tuple else () if outputs is None else (outputs,)
-        x = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
+        x = inputs[0] if type(inputs[0]) is not list else inputs[0][0]
         if x.is_cuda and x.get_device() != _current_device():  # type: ignore[misc]
             with torch.cuda.device(x.device):  # kernels launch on the current one
-                _implementation(family, backend, name)(*inputs, *given)
+                implementation(*inputs, *given)
         else:
             _implementation(family, backend, name)(*inputs, *given)
         return outputs
@@ -65,9 +65,9 @@ class Op:
         if type(tensors[0]) is list:
             tensors = tuple(x for part in tensors for x in (part if type(part) is list else [part]))
         x, *others = tensors
-        if dispatch.observed(x) or dispatch.strange(*others):
+        if dispatch.observed(x):
             return dispatch.DISPATCHER
-        return dispatch.select(self.family, x)
+        return dispatch.beside(dispatch.select(self.family, x), *others)
 
 
 def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) -> Op:

@@ -23,10 +23,11 @@ def _compact(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
-def _put_back(buffer: Tensor | None, moved: Tensor | None) -> None:
-    """Copy what a kernel has written to the compact copy of a running statistic with gaps."""
-    if moved is not buffer and buffer is not None and moved is not None:
-        buffer.copy_(moved)
+def _put_back(buffers: tuple[Tensor | None, ...], moved: tuple[Tensor | None, ...]) -> None:
+    """Copy what a kernel has written to the compact copies of running statistics with gaps."""
+    for buffer, value in zip(buffers, moved, strict=True):
+        if buffer is not None and value is not None and value is not buffer:
+            buffer.copy_(value)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -68,46 +69,33 @@ def workspace(x: Tensor, p: Any) -> Tensor | None:
     return torch.empty(p.partials, dtype=wide_dtype(x), device=x.device) if p.partials else None
 
 
-def _forward(
+def batch_norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
     batch_stats: bool, momentum: float | None, eps: float, activation: str,
-    y: Tensor, mean: Tensor | None, rstd: Tensor | None, center_only: bool,
+    y: Tensor, mean: Tensor | None, rstd: Tensor | None, center_only: bool = False,
 ) -> None:  # fmt: skip
     moved_mean, moved_var = _compact(running_mean), _compact(running_var)
     p = plan(x, y, activation, False, not batch_stats, 1, int(residual is not None))
-    partials = workspace(x, p) if batch_stats else None
-    counters = None
-    if batch_stats and (p.ordered or num_batches_tracked is not None):
-        counters = launch.counters(x, p.counters)
+    partials = counters = None
+    if batch_stats:
+        partials = workspace(x, p)
+        if p.ordered or num_batches_tracked is not None:
+            counters = launch.counters(x, p.counters)
     extension().batch_norm_forward(
         y, mean, rstd, None, moved_mean, moved_var, num_batches_tracked, momentum,
         x, residual, _compact(weight), _compact(bias), partials, counters, eps,
         activation_code(activation), batch_stats, center_only, p, stream(x),
     )  # fmt: skip
-    if batch_stats:
-        _put_back(running_mean, moved_mean)
-        _put_back(running_var, moved_var)
-
-
-def batch_norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
-    batch_stats: bool, momentum: float | None, eps: float, activation: str,
-    y: Tensor, mean: Tensor, rstd: Tensor,
-) -> None:  # fmt: skip
-    _forward(
-        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, batch_stats,
-        momentum, eps, activation,
-        y, mean, rstd, center_only=False,
-    )  # fmt: skip
+    if batch_stats and not (moved_mean is running_mean and moved_var is running_var):
+        _put_back((running_mean, running_var), (moved_mean, moved_var))
 
 
 def mean_only_batch_norm_forward(
     x: Tensor, bias: Tensor | None, running_mean: Tensor | None, num_batches_tracked: Tensor | None,
     batch_stats: bool, momentum: float | None, y: Tensor,
 ) -> None:  # fmt: skip
-    _forward(
+    batch_norm_forward(
         x, None, None, bias, running_mean, None, num_batches_tracked,
         batch_stats, momentum, 0.0, "identity",
         y, None, None, center_only=True,
@@ -209,5 +197,4 @@ def batch_norm_merge(
         mean, var, count, moved_mean, moved_var, num_batches_tracked, momentum,
         gathered, counters, gathered.size(0), mean.numel(), stream(gathered),
     )  # fmt: skip
-    _put_back(running_mean, moved_mean)
-    _put_back(running_var, moved_var)
+    _put_back((running_mean, running_var), (moved_mean, moved_var))

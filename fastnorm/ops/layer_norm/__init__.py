@@ -151,7 +151,7 @@ def _check(
     for parameter in (weight, bias):
         if parameter is None:
             continue
-        well_formed = well_formed and parameter.shape == shape
+        well_formed = well_formed and parameter.shape == shape and parameter.is_floating_point()
         if parameter.device != device:
             name = "weight" if parameter is weight else "bias"
             raise RuntimeError(
@@ -236,7 +236,7 @@ def layer_norm(
                 [ 0.0000,  0.0000]])
     """
     name = check_name(activation)
-    if autocast not in (None, "input"):
+    if autocast is not None and autocast != "input":
         raise ValueError(
             f"unknown autocast {autocast!r}: choose None (fp32 as torch) "
             "or 'input' (the input's dtype)"
