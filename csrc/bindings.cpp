@@ -71,6 +71,13 @@ py::object unavailable() {
     return py::none();
 }
 
+// What lies `count` elements behind the first of statistics, which are wide: fp64 for fp64.
+void* behind(Pointer statistics, long count, fastnorm::Dtype x) {
+    const long size = x == fastnorm::Dtype::float64 ? 8 : 4;
+    return statistics.data == nullptr ? nullptr
+                                      : static_cast<char*>(statistics.data) + size * count;
+}
+
 void bind_activation(py::module_& m) {
     using namespace fastnorm;
     m.def("activation_forward", [](Pointer y, Array x, long count, int activation, Address stream) {
@@ -135,31 +142,32 @@ void bind_batch_norm(py::module_& m) {
               run("batch_norm_plan", [&] { return batch_norm_plan(shape, request, &plan); });
               return plan;
           });
-    m.def("batch_norm_forward",
-          [](Pointer y, Pointer mean, Pointer rstd, Pointer count, Array running_mean,
-             Array running_var, Pointer num_batches_tracked, std::optional<double> momentum,
-             Array x, Pointer residual, Array weight, Array bias, Pointer partials,
-             Pointer counters, double eps, int activation, bool batch_stats, bool center_only,
-             const BatchNormPlan& plan, Address stream) {
-              const BatchNormForward a = {
-                  y,
-                  mean,
-                  rstd,
-                  count,
-                  running(running_mean, running_var, num_batches_tracked, momentum),
-                  x.data,
-                  residual,
-                  weight,
-                  bias,
-                  partials,
-                  counters,
-                  eps,
-                  Activation(activation),
-                  batch_stats,
-                  center_only,
-                  plan};
-              run("batch_norm_forward", [&] { return batch_norm_forward(a, x.dtype, at(stream)); });
-          });
+    m.def(
+        "batch_norm_forward",
+        [](Pointer y, Pointer statistics, Array running_mean, Array running_var,
+           Pointer num_batches_tracked, std::optional<double> momentum, Array x, Pointer residual,
+           Array weight, Array bias, Pointer partials, Pointer counters, double eps, int activation,
+           bool batch_stats, bool center_only, const BatchNormPlan& plan, Address stream) {
+            const long C = plan.shape.C;
+            const BatchNormForward a = {
+                y,
+                statistics,
+                behind(statistics, C, x.dtype),
+                y.data == nullptr ? behind(statistics, 2 * C, x.dtype) : nullptr,
+                running(running_mean, running_var, num_batches_tracked, momentum),
+                x.data,
+                residual,
+                weight,
+                bias,
+                partials,
+                counters,
+                eps,
+                Activation(activation),
+                batch_stats,
+                center_only,
+                plan};
+            run("batch_norm_forward", [&] { return batch_norm_forward(a, x.dtype, at(stream)); });
+        });
     m.def("batch_norm_merge", [](Pointer mean, Pointer var, Pointer count, Array running_mean,
                                  Array running_var, Pointer num_batches_tracked,
                                  std::optional<double> momentum, Array gathered, Pointer counters,
@@ -173,14 +181,27 @@ void bind_batch_norm(py::module_& m) {
     });
     m.def("batch_norm_backward", [](Pointer dx, Pointer dresidual, Array dweight, Array dbias,
                                     Pointer x, Array dy, Pointer residual, Array weight, Array bias,
-                                    Pointer mean, Pointer rstd, Pointer sums, Pointer count,
+                                    Pointer statistics, Pointer sums, Pointer count,
                                     Pointer partials, Pointer counters, int activation,
                                     bool center_only, const BatchNormPlan& plan, Address stream) {
-        const BatchNormBackward a = {dx,          dresidual, dweight,  dbias,
-                                     x,           dy.data,   residual, weight,
-                                     bias,        mean,      rstd,     sums,
-                                     count,       partials,  counters, Activation(activation),
-                                     center_only, plan};
+        const BatchNormBackward a = {dx,
+                                     dresidual,
+                                     dweight,
+                                     dbias,
+                                     x,
+                                     dy.data,
+                                     residual,
+                                     weight,
+                                     bias,
+                                     statistics,
+                                     behind(statistics, plan.shape.C, dy.dtype),
+                                     sums,
+                                     count,
+                                     partials,
+                                     counters,
+                                     Activation(activation),
+                                     center_only,
+                                     plan};
         run("batch_norm_backward", [&] { return batch_norm_backward(a, dy.dtype, at(stream)); });
     });
 }
@@ -200,12 +221,10 @@ struct WeightNormPlan {
         for (const Tensors* list : {&out, &v, &dw, &g, &dg})
             if (list->size() != sizes.size()) throw std::invalid_argument("one tensor per layer");
         if (begin.size() != sizes.size()) throw std::invalid_argument("one place per layer");
-        const long size = norm.dtype == fastnorm::Dtype::float64 ? 8 : 4;
         std::vector<fastnorm::WeightNormLayer> layers(sizes.size());
         for (std::size_t i = 0; i < sizes.size(); ++i)
-            layers[i] = {
-                out[i], v[i],    dw[i], g[i], static_cast<char*>(norm.data) + size * begin[i],
-                dg[i],  sizes[i]};
+            layers[i] = {out[i], v[i],    dw[i], g[i], behind({norm.data}, begin[i], norm.dtype),
+                         dg[i],  sizes[i]};
         const fastnorm::WeightNorm a = {layers.data(), int(layers.size()), partials, counters,
                                         processors};
         run(name, [&] { return launcher(a, at(stream)); });
@@ -284,13 +303,13 @@ void bind_layer_norm(py::module_& m) {
         .def_readwrite("workers", &Plan::workers)
         .def_readwrite("parts", &Plan::parts);
     m.def("layer_norm_forward",
-          [](Array y, Pointer sum, Pointer mean, Pointer rstd, Array x, Pointer residual,
-             Array weight, Array bias, Pointer partials, Pointer counters, double eps,
-             int activation, const View& view, const Plan& plan, Address stream) {
+          [](Array y, Pointer sum, Pointer statistics, Array x, Pointer residual, Array weight,
+             Array bias, Pointer partials, Pointer counters, double eps, int activation,
+             const View& view, const Plan& plan, Address stream) {
               const LayerNormForward a = {y,
                                           sum,
-                                          mean,
-                                          rstd,
+                                          statistics,
+                                          behind(statistics, view.rows, x.dtype),
                                           View::of(x.data, view.x),
                                           View::of(residual.data, view.other),
                                           weight,
@@ -305,33 +324,33 @@ void bind_layer_norm(py::module_& m) {
                                           plan};
               run("layer_norm_forward", [&] { return layer_norm_forward(a, x.dtype, at(stream)); });
           });
-    m.def(
-        "layer_norm_backward",
-        [](Pointer dx, Array dweight, Array dbias, Array x, Array dy, Pointer dsum, Array weight,
-           Array bias, Pointer mean, Pointer rstd, Pointer parts, Pointer partials, Pointer totals,
-           Pointer counters, int activation, const View& view, const Plan& plan, Address stream) {
-            const LayerNormBackward a = {dx,
-                                         dweight,
-                                         dbias,
-                                         View::of(x.data, view.x),
-                                         View::of(dy.data, view.other),
-                                         dy.dtype,
-                                         dsum,
-                                         weight,
-                                         bias,
-                                         mean,
-                                         rstd,
-                                         parts,
-                                         partials,
-                                         totals,
-                                         counters,
-                                         view.rows,
-                                         view.batch_rows,
-                                         view.cols,
-                                         Activation(activation),
-                                         plan};
-            run("layer_norm_backward", [&] { return layer_norm_backward(a, x.dtype, at(stream)); });
-        });
+    m.def("layer_norm_backward",
+          [](Pointer dx, Array dweight, Array dbias, Array x, Array dy, Pointer dsum, Array weight,
+             Array bias, Pointer statistics, Pointer parts, Pointer partials, Pointer totals,
+             Pointer counters, int activation, const View& view, const Plan& plan, Address stream) {
+              const LayerNormBackward a = {dx,
+                                           dweight,
+                                           dbias,
+                                           View::of(x.data, view.x),
+                                           View::of(dy.data, view.other),
+                                           dy.dtype,
+                                           dsum,
+                                           weight,
+                                           bias,
+                                           statistics,
+                                           behind(statistics, view.rows, x.dtype),
+                                           parts,
+                                           partials,
+                                           totals,
+                                           counters,
+                                           view.rows,
+                                           view.batch_rows,
+                                           view.cols,
+                                           Activation(activation),
+                                           plan};
+              run("layer_norm_backward",
+                  [&] { return layer_norm_backward(a, x.dtype, at(stream)); });
+          });
 }
 
 }  // namespace

@@ -79,7 +79,7 @@ def synchronised(layout: str, dtype: torch.dtype, activation: str | None) -> Non
     gathered = statistics.expand(ranks, -1).contiguous()
     tracked = torch.empty((), dtype=torch.long)
     mean, var, count = sync._merge(gathered, running_mean, running_var, tracked, None)
-    given = x, torch.empty_like(x), residual, weight, bias, mean, var
+    given = x, torch.empty_like(x), residual, weight, bias, torch.stack([mean, var])
     f = activation or "identity"
     sums = torch.cat(sync._reduce(*given, f))
     sync._apply(*given, sums, count, f, activation is not None)

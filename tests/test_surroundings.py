@@ -55,7 +55,7 @@ def calls_of_synchronised_batch_norm(x: Tensor) -> list[tuple[Any, tuple[Any, ..
     count = torch.tensor(float(x.numel() // C), dtype=x.dtype, device=x.device)
     gathered = torch.rand(2, 2 * C + 1, dtype=x.dtype, device=x.device) + 2
     tracked = torch.zeros((), dtype=torch.int64, device=x.device)
-    dy, parameters = torch.randn_like(x), (None, w, b, mean, rstd)
+    dy, parameters = torch.randn_like(x), (None, w, b, torch.stack([mean, rstd]))
     return [
         (ops.batch_norm_statistics.default, (x,)),
         (ops.batch_norm_merge.default, (gathered, mean.clone(), rstd.clone(), tracked, 0.1)),

@@ -70,7 +70,7 @@ def test_real_outputs_are_as_the_fake_says(backend: str, dtype: torch.dtype, dev
             gathered = ops.batch_norm_statistics(x).expand(3, -1).contiguous()
             mean, var, count = ops.batch_norm_merge(gathered, *running, tracked, 0.1)
             assert (count, tracked) == (3 * 24, 1)
-            given = x, dy, r, weight, bias, mean, var
+            given = x, dy, r, weight, bias, torch.stack([mean, var])
             sums = torch.cat(ops.batch_norm_reduce(*given, "silu"))
             for needs_dresidual in (True, False):
                 ops.batch_norm_apply(*given, sums, count, "silu", needs_dresidual)

@@ -73,7 +73,7 @@ def batch_norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
     batch_stats: bool, momentum: float | None, eps: float, activation: str,
-    y: Tensor, mean: Tensor | None, rstd: Tensor | None, center_only: bool = False,
+    y: Tensor, statistics: Tensor | None, center_only: bool = False,
 ) -> None:  # fmt: skip
     moved_mean, moved_var = _compact(running_mean), _compact(running_var)
     p = plan(x, y, activation, False, not batch_stats, 1, int(residual is not None))
@@ -83,7 +83,7 @@ def batch_norm_forward(
         if p.ordered or num_batches_tracked is not None:
             counters = launch.counters(x, p.counters)
     extension().batch_norm_forward(
-        y, mean, rstd, None, moved_mean, moved_var, num_batches_tracked, momentum,
+        y, statistics, moved_mean, moved_var, num_batches_tracked, momentum,
         x, residual, _compact(weight), _compact(bias), partials, counters, eps,
         activation_code(activation), batch_stats, center_only, p, stream(x),
     )  # fmt: skip
@@ -98,13 +98,13 @@ def mean_only_batch_norm_forward(
     batch_norm_forward(
         x, None, None, bias, running_mean, None, num_batches_tracked,
         batch_stats, momentum, 0.0, "identity",
-        y, None, None, center_only=True,
+        y, None, center_only=True,
     )  # fmt: skip
 
 
 def _backward(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor | None, rstd: Tensor | None, sums: Tensor | None, count: Tensor | None,
+    statistics: Tensor | None, sums: Tensor | None, count: Tensor | None,
     batch_stats: bool, activation: str,
     dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None,
     center_only: bool,
@@ -120,18 +120,18 @@ def _backward(
     counters = launch.counters(x, p.counters) if merges else None
     extension().batch_norm_backward(
         dx, dresidual, dweight, dbias, None if center_only else x, dy, residual,
-        _compact(weight), _compact(bias), mean, rstd, sums, count, partials, counters,
+        _compact(weight), _compact(bias), statistics, sums, count, partials, counters,
         activation_code(activation), center_only, p, stream(x),
     )  # fmt: skip
 
 
 def batch_norm_backward(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, batch_stats: bool, activation: str, needs: list[bool],
+    statistics: Tensor, batch_stats: bool, activation: str, needs: list[bool],
     dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None,
 ) -> None:  # fmt: skip
     _backward(
-        x, dy, residual, weight, bias, mean, rstd, None, None, batch_stats, activation,
+        x, dy, residual, weight, bias, statistics, None, None, batch_stats, activation,
         dx, dweight, dbias, dresidual, center_only=False,
     )  # fmt: skip
 
@@ -145,30 +145,30 @@ def mean_only_batch_norm_backward(
     dbias: Tensor | None,
 ) -> None:
     _backward(
-        dy, dy, None, None, None, None, None, None, None, batch_stats, "identity",
+        dy, dy, None, None, None, None, None, None, batch_stats, "identity",
         dx, None, dbias, None, center_only=True,
     )  # fmt: skip
 
 
 def batch_norm_reduce(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, activation: str,
+    statistics: Tensor, activation: str,
     sum_dz: Tensor, sum_dz_x_hat: Tensor,
 ) -> None:  # fmt: skip
     # the gradients of a bias and a weight of wide dtype are these sums
     _backward(
-        x, dy, residual, weight, bias, mean, rstd, None, None, False, activation,
+        x, dy, residual, weight, bias, statistics, None, None, False, activation,
         None, sum_dz_x_hat, sum_dz, None, center_only=False,
     )  # fmt: skip
 
 
 def batch_norm_apply(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, sums: Tensor, count: Tensor, activation: str, needs_dresidual: bool,
+    statistics: Tensor, sums: Tensor, count: Tensor, activation: str, needs_dresidual: bool,
     dx: Tensor, dresidual: Tensor | None,
 ) -> None:  # fmt: skip
     _backward(
-        x, dy, residual, weight, bias, mean, rstd, sums, count, False, activation,
+        x, dy, residual, weight, bias, statistics, sums, count, False, activation,
         dx, None, None, dresidual, center_only=False,
     )  # fmt: skip
 
@@ -177,11 +177,8 @@ def batch_norm_statistics(x: Tensor, statistics: Tensor) -> None:
     p = plan(x, x, "identity", False, True, 1, 0)
     partials = workspace(x, p)
     counters = launch.counters(x, p.counters) if p.ordered else None
-    C = x.size(1)
-    mean, squares, count = statistics.split([C, C, 1])
     extension().batch_norm_forward(
-        None, mean, squares, count, None, None, None, None,
-        x, None, None, None, partials, counters, 0.0,
+        None, statistics, None, None, None, None, x, None, None, None, partials, counters, 0.0,
         activation_code("identity"), True, False, p, stream(x),
     )  # fmt: skip
 

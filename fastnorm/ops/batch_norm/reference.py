@@ -51,7 +51,7 @@ def batch_norm_forward(
     momentum: float | None,
     eps: float,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     dtype = wide(x).dtype
     if batch_stats:
         y, mean, rstd = _normalise(x, weight, bias, eps)
@@ -63,10 +63,10 @@ def batch_norm_forward(
     else:
         assert running_mean is not None
         assert running_var is not None
-        mean, rstd = running_mean.to(dtype, copy=True), torch.rsqrt(running_var.to(dtype) + eps)
+        mean, rstd = running_mean.to(dtype), torch.rsqrt(running_var.to(dtype) + eps)
         y = composite(x, None, weight, bias, mean, rstd, eps, "identity")
     y = finish(y, residual, activation)
-    return layout.match(y, layout.planes_like(x)), mean, rstd
+    return layout.match(y, layout.planes_like(x)), torch.stack([mean, rstd])
 
 
 def batch_norm_backward(
@@ -75,13 +75,13 @@ def batch_norm_backward(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     batch_stats: bool,
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     v = wide(x)
+    mean, rstd = statistics
     dz = slope_times(dy, v, residual, weight, bias, mean, rstd, activation)
     scale = None if weight is None else weight.to(v.dtype)
     if batch_stats:

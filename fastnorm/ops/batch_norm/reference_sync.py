@@ -49,11 +49,11 @@ def batch_norm_reduce(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     v = wide(x)
+    mean, rstd = statistics
     dz = slope_times(dy, v, residual, weight, bias, mean, rstd, activation)
     x_hat = (v - channelwise(mean, x)) * channelwise(rstd, x)
     return dz.sum(_dims(x)), (dz * x_hat).sum(_dims(x))
@@ -65,14 +65,14 @@ def batch_norm_apply(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     sums: Tensor,
     count: Tensor,
     activation: str,
     needs_dresidual: bool,
 ) -> tuple[Tensor, Tensor | None]:
     v = wide(x)
+    mean, rstd = statistics
     dz = slope_times(dy, v, residual, weight, bias, mean, rstd, activation)
     x_hat = (v - channelwise(mean, x)) * channelwise(rstd, x)
     mean_dz, mean_dz_x_hat = (channelwise(t, x) for t in (sums / count).chunk(2))

@@ -63,7 +63,7 @@ _reduce = register(
     "batch_norm",
     "batch_norm_reduce",
     "(Tensor x, Tensor dy, Tensor? residual, Tensor? weight, Tensor? bias, "
-    "Tensor mean, Tensor rstd, str activation) -> (Tensor, Tensor)",
+    "Tensor statistics, str activation) -> (Tensor, Tensor)",
     _reduce_outputs,
 )
 # sums [2 * C]: both sums over all processes; count []: values per channel there -> dx, dresidual
@@ -71,7 +71,7 @@ _apply = register(
     "batch_norm",
     "batch_norm_apply",
     "(Tensor x, Tensor dy, Tensor? residual, Tensor? weight, Tensor? bias, "
-    "Tensor mean, Tensor rstd, Tensor sums, Tensor count, str activation, bool needs_dresidual) "
+    "Tensor statistics, Tensor sums, Tensor count, str activation, bool needs_dresidual) "
     "-> (Tensor, Tensor?)",
     _apply_outputs,
 )
@@ -110,26 +110,26 @@ class SyncBatchNormFunction(torch.autograd.Function):
         group: str,
     ) -> Tensor:
         empty = x.numel() == 0  # such a process still has to take part in the collectives
-        statistics = _statistics_output(x).zero_() if empty else _statistics(x)
-        gathered = collectives.communicate("all_gather_into_tensor", statistics, ranks, group)
+        local = _statistics_output(x).zero_() if empty else _statistics(x)
+        gathered = collectives.communicate("all_gather_into_tensor", local, ranks, group)
         mean, var, count = _merge(
             gathered.view(ranks, -1), running_mean, running_var, num_batches_tracked, momentum
         )
         if empty:
-            y, rstd = layout.planes_like(x), var
+            y, statistics = layout.planes_like(x), torch.stack([mean, var])
         else:
-            y, mean, rstd = _forward(
+            y, statistics = _forward(
                 x, residual, weight, bias, mean, var, None, False, None, eps, activation
             )
         plain = activation == "identity"
-        ctx.save_for_backward(x, None if plain else residual, weight, bias, mean, rstd, count)
+        ctx.save_for_backward(x, None if plain else residual, weight, bias, statistics, count)
         ctx.settings = eps, activation, group
         result: Tensor = y
         return result
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        x, residual, weight, bias, mean, rstd, count = ctx.saved_tensors
+        x, residual, weight, bias, statistics, count = ctx.saved_tensors
         eps, activation, group = ctx.settings
         needs_dx, needs_dresidual, needs_dweight, needs_dbias = ctx.needs_input_grad[:4]
         plain = activation == "identity"
@@ -142,7 +142,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         else:
             needs = [needs_dx, needs_dweight, needs_dbias, needs_dresidual and not plain]
             dy_in_place = layout.match(dy, layout.planes_like(x))
-            given = x, dy_in_place, residual, weight, bias, mean, rstd
+            given = x, dy_in_place, residual, weight, bias, statistics
             dx, dweight, dbias, dresidual = _gradients(given, count, activation, group, needs)
             found = dx, dresidual, dweight, dbias
         dx, dresidual, dweight, dbias = found
@@ -150,18 +150,18 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
 
 def _gradients(
-    given: tuple[Any, Any, Any, Any, Any, Any, Any],
+    given: tuple[Any, Any, Any, Any, Any, Any],
     count: Tensor,
     activation: str,
     group: str,
     needs: list[bool],
 ) -> Gradients:
     """dx, dweight, dbias, dresidual, each where it is needed; only dx asks other processes."""
-    x, _, _, weight, bias, mean, _ = given
+    x, _, _, weight, bias, statistics = given
     needs_dx, needs_dweight, needs_dbias, needs_dresidual = needs
     if x.numel() == 0:
         if needs_dx:
-            collectives.communicate("all_reduce", mean.new_zeros(2 * x.size(1)), "sum", group)
+            collectives.communicate("all_reduce", statistics.new_zeros(2 * x.size(1)), "sum", group)
         outputs = _backward_outputs(*given, False, activation, needs)
         return tuple(None if t is None else t.zero_() for t in outputs)
     if not needs_dx:

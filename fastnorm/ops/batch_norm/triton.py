@@ -47,8 +47,9 @@ def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
     batch_stats: bool, momentum: float | None, eps: float, activation: str,
-    y: Tensor, mean: Tensor | None, rstd: Tensor | None, center_only: bool,
+    y: Tensor, statistics: Tensor | None, center_only: bool,
 ) -> None:  # fmt: skip
+    mean, rstd = (None, None) if statistics is None else statistics
     buffers = (running_mean, running_var)
     weight, bias, running_mean, running_var = _compact(weight, bias, *buffers)
     p = plan(x, y, operands=1 if residual is None else 2)
@@ -86,12 +87,12 @@ def batch_norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
     batch_stats: bool, momentum: float | None, eps: float, activation: str,
-    y: Tensor, mean: Tensor, rstd: Tensor,
+    y: Tensor, statistics: Tensor,
 ) -> None:  # fmt: skip
     _forward(
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked, batch_stats,
         momentum, eps, activation,
-        y, mean, rstd, center_only=False,
+        y, statistics, center_only=False,
     )  # fmt: skip
 
 
@@ -102,16 +103,17 @@ def mean_only_batch_norm_forward(
     _forward(
         x, None, None, bias, running_mean, None, num_batches_tracked,
         batch_stats, momentum, 0.0, "identity",
-        y, None, None, center_only=True,
+        y, None, center_only=True,
     )  # fmt: skip
 
 
 def _backward(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor | None, rstd: Tensor | None, batch_stats: bool, activation: str,
+    statistics: Tensor | None, batch_stats: bool, activation: str,
     dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None,
     center_only: bool,
 ) -> None:  # fmt: skip
+    mean, rstd = (None, None) if statistics is None else statistics
     plain = activation == "identity"
     residual = None if plain else residual
     weight, bias = _compact(weight, bias)
@@ -156,11 +158,11 @@ def _backward(
 
 def batch_norm_backward(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, batch_stats: bool, activation: str, needs: list[bool],
+    statistics: Tensor, batch_stats: bool, activation: str, needs: list[bool],
     dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None,
 ) -> None:  # fmt: skip
     _backward(
-        x, dy, residual, weight, bias, mean, rstd, batch_stats, activation, dx, dweight, dbias,
+        x, dy, residual, weight, bias, statistics, batch_stats, activation, dx, dweight, dbias,
         dresidual,
         center_only=False,
     )  # fmt: skip
@@ -177,7 +179,6 @@ def mean_only_batch_norm_backward(
     _backward(
         dy,
         dy,
-        None,
         None,
         None,
         None,
@@ -221,19 +222,19 @@ def batch_norm_merge(
 
 def batch_norm_reduce(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, activation: str,
+    statistics: Tensor, activation: str,
     sum_dz: Tensor, sum_dz_x_hat: Tensor,
 ) -> None:  # fmt: skip
     # the gradients of a bias and a weight of wide dtype are these sums
     _backward(
-        x, dy, residual, weight, bias, mean, rstd, False, activation,
+        x, dy, residual, weight, bias, statistics, False, activation,
         None, sum_dz_x_hat, sum_dz, None, center_only=False,
     )  # fmt: skip
 
 
 def batch_norm_apply(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, sums: Tensor, count: Tensor, activation: str, needs_dresidual: bool,
+    statistics: Tensor, sums: Tensor, count: Tensor, activation: str, needs_dresidual: bool,
     dx: Tensor, dresidual: Tensor | None,
 ) -> None:  # fmt: skip
     plain = activation == "identity"
@@ -241,7 +242,7 @@ def batch_norm_apply(
     weight, bias = _compact(weight, bias)
     p = plan(x, dy, operands=2 if residual is None else 3)
     apply_kernel[(p.groups * p.tiles,)](
-        dx, dresidual, dy, x, residual, weight, bias, mean, rstd, sums, count,
+        dx, dresidual, dy, x, residual, weight, bias, *statistics, sums, count,
         *sizes(p), p.tiles,
         SLOPE=ACTIVATIONS[activation][1], PLAIN=plain, HAS_RESIDUAL=residual is not None,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, NEED_DRESIDUAL=needs_dresidual,

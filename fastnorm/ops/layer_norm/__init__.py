@@ -17,7 +17,8 @@ from fastnorm.ops.activation.reference import wide_dtype
 from fastnorm.ops.layer_norm import reference
 from fastnorm.ops.registry import apply, differentiable_backward, register
 
-# the outputs, and what an op of this family looks like to torch
+# the outputs, and what an op of this family looks like to torch; statistics [2, M], wide, are the
+# mean and 1 / sqrt(variance + eps) of every row
 
 
 def _row_major(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,11 +37,11 @@ def _forward_outputs(
     activation: str,
     dtype: torch.dtype,
     want_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     rows = math.prod(x.shape[:-dims])
-    mean = torch.empty(rows, dtype=wide_dtype(x), device=x.device)  # new_empty takes twice as long
-    total = _row_major(x, x.dtype) if want_sum else None
-    return _row_major(x, dtype), mean, torch.empty_like(mean), total
+    # new_empty takes twice as long
+    statistics = torch.empty((2, rows), dtype=wide_dtype(x), device=x.device)
+    return _row_major(x, dtype), statistics, _row_major(x, x.dtype) if want_sum else None
 
 
 def _backward_outputs(
@@ -49,8 +50,7 @@ def _backward_outputs(
     dsum: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     dims: int,
     activation: str,
     needs: list[bool],
@@ -65,13 +65,13 @@ _forward = register(
     "layer_norm",
     "layer_norm_forward",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int dims, float eps, "
-    "str activation, ScalarType dtype, bool want_sum) -> (Tensor, Tensor, Tensor, Tensor?)",
+    "str activation, ScalarType dtype, bool want_sum) -> (Tensor, Tensor, Tensor?)",
     _forward_outputs,
 )
 _backward = register(
     "layer_norm",
     "layer_norm_backward",
-    "(Tensor x, Tensor dy, Tensor? dsum, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    "(Tensor x, Tensor dy, Tensor? dsum, Tensor? weight, Tensor? bias, Tensor statistics, "
     "int dims, str activation, bool[3] needs) -> (Tensor?, Tensor?, Tensor?)",
     _backward_outputs,
 )
@@ -101,17 +101,17 @@ class LayerNormFunction(torch.autograd.Function):
         way: str,
     ) -> tuple[Tensor, Tensor | None]:
         want_sum = residual is not None and (return_sum or any(ctx.needs_input_grad))
-        y, mean, rstd, total = _forward.by[way](
+        y, statistics, total = _forward.by[way](
             x, residual, weight, bias, dims, eps, activation, dtype, want_sum
         )
         ctx.set_materialize_grads(False)
         ctx.settings = dims, eps, activation
-        ctx.save_for_backward(x if residual is None else total, weight, bias, mean, rstd)
+        ctx.save_for_backward(x if residual is None else total, weight, bias, statistics)
         return y, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+        x, weight, bias, statistics = ctx.saved_tensors
         dims, eps, activation = ctx.settings
         rest = (None,) * 6
         needs = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], *ctx.needs_input_grad[2:4]]
@@ -130,7 +130,7 @@ class LayerNormFunction(torch.autograd.Function):
             dx, dweight, dbias = differentiable_backward(composite, (x, weight, bias), gradients)
         else:
             dx, dweight, dbias = _backward(
-                x, dy, dsum, weight, bias, mean, rstd, dims, activation, needs
+                x, dy, dsum, weight, bias, statistics, dims, activation, needs
             )
         return (
             dx if ctx.needs_input_grad[0] else None,

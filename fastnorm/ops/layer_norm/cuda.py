@@ -244,13 +244,12 @@ def layer_norm_forward(
     dtype: torch.dtype,
     want_sum: bool,
     y: Tensor,  # [..., *shape]
-    mean: Tensor,  # [M]
-    rstd: Tensor,  # [M]
+    statistics: Tensor,  # [2, M]
     total: Tensor | None,  # [..., *shape]
 ) -> None:
     if x.numel() == 0:
-        mean.zero_()
-        rstd.fill_(math.nan)
+        statistics[0].zero_()
+        statistics[1].fill_(math.nan)
         return
     layouts: tuple[Any, ...] = (x.stride(), x.dtype)
     if residual is not None:
@@ -261,10 +260,10 @@ def layer_norm_forward(
     shape, plan = cut.shape, cut.plan
     partials = counters = None
     if plan.ticket:
-        partials = torch.empty((shape.rows, plan.chunks, 2), dtype=mean.dtype, device=x.device)
+        partials = torch.empty((shape.rows, plan.chunks, 2), dtype=wide_dtype(x), device=x.device)
         counters = launch.counters(x, 2 + shape.rows)
     extension().layer_norm_forward(
-        y, total, mean, rstd, x, residual, dense(weight), dense(bias), partials, counters, eps,
+        y, total, statistics, x, residual, dense(weight), dense(bias), partials, counters, eps,
         activation_code(activation), cut.view, plan, stream(x),
     )  # fmt: skip
 
@@ -275,8 +274,7 @@ def layer_norm_backward(
     dsum: Tensor | None,  # [..., *shape]
     weight: Tensor | None,  # [*shape]
     bias: Tensor | None,  # [*shape]
-    mean: Tensor,  # [M]
-    rstd: Tensor,  # [M]
+    statistics: Tensor,  # [2, M]
     dims: int,
     activation: str,
     needs: list[bool],
@@ -311,6 +309,6 @@ def layer_norm_backward(
         counters = launch.counters(x, 3 + plan.groups)
     dsum = None if dsum is None else dsum.contiguous()
     extension().layer_norm_backward(
-        dx, dweight, dbias, x, dy, dsum, dense(weight), dense(bias), mean, rstd,
+        dx, dweight, dbias, x, dy, dsum, dense(weight), dense(bias), statistics,
         parts, partials, totals, counters, activation_code(activation), cut.view, plan, stream(x),
     )  # fmt: skip

@@ -53,7 +53,7 @@ def layer_norm_forward(
     activation: str,
     dtype: torch.dtype,
     want_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     total = x if residual is None else x + residual
     z, mean, rstd = aten.native_layer_norm(
         wide(total).contiguous(),
@@ -63,7 +63,8 @@ def layer_norm_forward(
         eps,
     )
     y = z if activation == "identity" else ACTIVATIONS[activation].value(z)
-    return y.to(dtype), mean.reshape(-1), rstd.reshape(-1), total.contiguous() if want_sum else None
+    statistics = torch.stack([mean.reshape(-1), rstd.reshape(-1)])
+    return y.to(dtype), statistics, total.contiguous() if want_sum else None
 
 
 def layer_norm_backward(
@@ -72,8 +73,7 @@ def layer_norm_backward(
     dsum: Tensor | None,  # [..., *shape]
     weight: Tensor | None,  # [*shape]
     bias: Tensor | None,  # [*shape]
-    mean: Tensor,  # [M]
-    rstd: Tensor,  # [M]
+    statistics: Tensor,  # [2, M]
     dims: int,
     activation: str,
     needs: list[bool],
@@ -82,7 +82,7 @@ def layer_norm_backward(
     shape = x.shape[last:]
     w, b = _for(x, weight), _for(x, bias)
     s, dz = wide(x).contiguous(), wide(dy).to(wide(x).dtype).contiguous()
-    mean, rstd = (t.view(*x.shape[:last], *[1] * dims) for t in (mean, rstd))
+    mean, rstd = (t.view(*x.shape[:last], *[1] * dims) for t in statistics)
     if activation != "identity":
         z = (s - mean) * rstd
         z = z if w is None else z * w

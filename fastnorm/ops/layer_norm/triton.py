@@ -110,12 +110,12 @@ def layer_norm_forward(
     dtype: torch.dtype,
     want_sum: bool,
     y: Tensor,  # [..., *shape]
-    mean: Tensor,  # [M]
-    rstd: Tensor,  # [M]
+    statistics: Tensor,  # [2, M]
     total: Tensor | None,  # [..., *shape]
 ) -> None:
+    mean, rstd = statistics
     M, N = mean.numel(), math.prod(x.shape[x.dim() - dims :])
-    if mean.numel() == 0 or N == 0:
+    if M == 0 or N == 0:
         mean.zero_()
         rstd.fill_(math.nan)
         return
@@ -182,8 +182,7 @@ def layer_norm_backward(
     dsum: Tensor | None,  # [..., *shape]
     weight: Tensor | None,  # [*shape]
     bias: Tensor | None,  # [*shape]
-    mean: Tensor,  # [M]
-    rstd: Tensor,  # [M]
+    statistics: Tensor,  # [2, M]
     dims: int,
     activation: str,
     needs: list[bool],
@@ -191,8 +190,9 @@ def layer_norm_backward(
     dweight: Tensor | None,  # [*shape]
     dbias: Tensor | None,  # [*shape]
 ) -> None:
+    mean, rstd = statistics
     M, N = mean.numel(), math.prod(x.shape[x.dim() - dims :])
-    if mean.numel() == 0 or N == 0:
+    if M == 0 or N == 0:
         for gradient in (dweight, dbias):
             if gradient is not None:
                 gradient.zero_()

@@ -60,7 +60,7 @@ def sum_parts(
 # kernels
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["rstd_ptr"])
 def backward_kernel(
     dx_ptr,  # [B, S, N] or None
     dweight_ptr,  # [programs, N] or None

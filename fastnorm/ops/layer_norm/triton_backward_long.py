@@ -128,7 +128,7 @@ def backward_rows(
     return dweight, dbias
 
 
-@triton.jit(do_not_specialize=LONG_SIZES)
+@triton.jit(do_not_specialize=LONG_SIZES, do_not_specialize_on_alignment=["rstd_ptr"])
 def backward_ticket_kernel(
     dx_ptr,  # [M, N] or None
     dweight_ptr,  # [spans, N] or None

@@ -132,7 +132,7 @@ def merge_chunks(
     return mean, tl.sum(m2)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["rstd_ptr"])
 def normalize_kernel(
     y_ptr,  # [B, S, N]
     sum_ptr,  # [B, S, N] or None
@@ -231,7 +231,7 @@ def normalize_kernel(
     )
 
 
-@triton.jit(do_not_specialize=LONG_SIZES)
+@triton.jit(do_not_specialize=LONG_SIZES, do_not_specialize_on_alignment=["rstd_ptr"])
 def normalize_long_kernel(
     y_ptr,  # [M, N]
     sum_ptr,  # [M, N] or None
@@ -277,7 +277,7 @@ def normalize_long_kernel(
     )
 
 
-@triton.jit(do_not_specialize=LONG_SIZES)
+@triton.jit(do_not_specialize=LONG_SIZES, do_not_specialize_on_alignment=["rstd_ptr"])
 def normalize_ticket_kernel(
     y_ptr,  # [M, N]
     sum_ptr,  # [M, N] or None
