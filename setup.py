@@ -118,7 +118,7 @@ def architecture_flags(known: set[str]) -> list[str]:
         flags.append(f"-gencode=arch=compute_{virtual},code=sm_{number}")
         if ptx:
             flags.append(f"-gencode=arch=compute_{virtual},code=compute_{virtual}")
-    return flags
+    return list(dict.fromkeys(flags))
 
 
 def compile_objects(nvcc: str, sources: Sequence[Path]) -> list[Path]:

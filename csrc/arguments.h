@@ -4,8 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <iterator>
+#include <string>
 
 #include "fastnorm.h"
 
@@ -25,37 +25,47 @@ struct Pointer {
 constexpr const char* kDtypes[] = {FASTNORM_DTYPES(FASTNORM_NAME)};
 constexpr const char* kActivations[] = {FASTNORM_ACTIVATIONS(FASTNORM_NAME)};
 
+// What loading arguments asks Python for, found once: a function's static variables would be found
+// under a lock that another thread may wait for while it holds the interpreter's.
+struct Known {
+    PyObject *data_ptr, *dtype;            // the names of attributes
+    PyObject* dtypes[std::size(kDtypes)];  // torch's, which it keeps for ever
+};
+inline Known known;
+
 namespace arguments {
 
-// Where a tensor's data begin; false for what is no tensor.
-inline bool address(PyObject* tensor, void** found) {
-    static PyObject* const name = PyUnicode_InternFromString("data_ptr");
-    PyObject* number = PyObject_CallMethodNoArgs(tensor, name);
-    if (number != nullptr) *found = PyLong_AsVoidPtr(number);
-    Py_XDECREF(number);
-    if (PyErr_Occurred() == nullptr) return true;
-    PyErr_Clear();
-    return false;
+// By the module, before any argument is loaded.
+inline void prepare() {
+    known.data_ptr = PyUnicode_InternFromString("data_ptr");
+    known.dtype = PyUnicode_InternFromString("dtype");
+    const pybind11::module_ torch = pybind11::module_::import("torch");
+    for (std::size_t i = 0; i < std::size(kDtypes); ++i)
+        known.dtypes[i] = pybind11::object(torch.attr(kDtypes[i])).release().ptr();
 }
 
-// The position of a tensor's dtype in kDtypes; false for one that is not there.
-inline bool dtype(PyObject* tensor, Dtype* found) {
-    static const auto known = [] {
-        std::array<PyObject*, std::size(kDtypes)> dtypes;
-        const pybind11::module_ torch = pybind11::module_::import("torch");
-        for (std::size_t i = 0; i < dtypes.size(); ++i)
-            dtypes[i] = pybind11::object(torch.attr(kDtypes[i])).release().ptr();
-        return dtypes;
-    }();
-    static PyObject* const name = PyUnicode_InternFromString("dtype");
-    PyObject* own = PyObject_GetAttr(tensor, name);
-    if (own == nullptr) PyErr_Clear();
-    Py_XDECREF(own);  // torch keeps its dtypes for ever
-    for (std::size_t i = 0; i < known.size(); ++i) {
-        *found = Dtype(i);
-        if (own == known[i]) return true;
-    }
-    return false;
+// Where a tensor's data begin.
+inline void* address(pybind11::handle tensor) {
+    PyObject* number = PyObject_CallMethodNoArgs(tensor.ptr(), known.data_ptr);
+    if (number == nullptr) throw pybind11::error_already_set();
+    void* found = PyLong_AsVoidPtr(number);
+    Py_DECREF(number);
+    if (found == nullptr && tensor.attr("numel")().cast<long>() > 0)
+        throw pybind11::value_error("fastnorm's CUDA backend was given a tensor without data");
+    return found;
+}
+
+// The position of a tensor's dtype in kDtypes.
+inline Dtype dtype(pybind11::handle tensor) {
+    PyObject* own = PyObject_GetAttr(tensor.ptr(), known.dtype);
+    if (own == nullptr) throw pybind11::error_already_set();
+    Py_DECREF(own);
+    for (std::size_t i = 0; i < std::size(kDtypes); ++i)
+        if (own == known.dtypes[i]) return Dtype(i);
+    std::string names;
+    for (const char* name : kDtypes) names += (names.empty() ? "" : ", ") + std::string(name);
+    throw pybind11::type_error("fastnorm's CUDA backend takes " + names + ", and was given " +
+                               pybind11::str(own).cast<std::string>());
 }
 
 }  // namespace arguments
@@ -68,8 +78,8 @@ struct type_caster<fastnorm::Pointer> {
     PYBIND11_TYPE_CASTER(fastnorm::Pointer, const_name("Tensor | None"));
 
     bool load(handle tensor, bool) {
-        value.data = nullptr;
-        return tensor.is_none() || fastnorm::arguments::address(tensor.ptr(), &value.data);
+        value.data = tensor.is_none() ? nullptr : fastnorm::arguments::address(tensor);
+        return true;
     }
 };
 
@@ -79,8 +89,9 @@ struct type_caster<fastnorm::Array> {
 
     bool load(handle tensor, bool) {
         value = {};
-        return tensor.is_none() || (fastnorm::arguments::address(tensor.ptr(), &value.data) &&
-                                    fastnorm::arguments::dtype(tensor.ptr(), &value.dtype));
+        if (!tensor.is_none())
+            value = {fastnorm::arguments::address(tensor), fastnorm::arguments::dtype(tensor)};
+        return true;
     }
 };
 

@@ -357,6 +357,7 @@ void bind_layer_norm(py::module_& m) {
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "fastnorm's CUDA C++ kernels; called by fastnorm/ops/<family>/cuda.py alone.";
+    fastnorm::arguments::prepare();
     m.attr("DTYPES") = names(fastnorm::kDtypes);
     m.attr("ACTIVATIONS") = names(fastnorm::kActivations);
     m.def("unavailable", &unavailable, "Why no kernel can run here; None where they can.");

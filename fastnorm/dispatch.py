@@ -18,7 +18,11 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import (
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+    unwrap_if_dead,
+)
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 from torch.nn import Parameter
@@ -328,17 +332,36 @@ def way(family: str, x: Tensor, elements: int | None = None) -> str | None:
         and (x.numel() if elements is None else elements) < RULES[family].from_elements[backend]
     ):
         return None
-    return DISPATCHER if observed(x) else backend or select(family, x)
+    if observed(x):
+        return None if _escaped(x) else DISPATCHER
+    if backend is None and not _serves(_forced, x.is_cuda, x.is_cpu):
+        return DISPATCHER  # which says so, after the family's checks
+    return backend or _forced
 
 
-def beside(way: str | None, *tensors: Tensor | None) -> str:
-    """The way to our op that a call takes with these tensors beside the one it was found for."""
-    if way is None or way == DISPATCHER:
+def _escaped(x: Tensor) -> bool:
+    """Whether x has left the vmap that made it: torch's functions say what to do then."""
+    return is_functorch_wrapped_tensor(x) and is_functorch_wrapped_tensor(unwrap_if_dead(x))
+
+
+def way_to_op(family: str, x: Tensor) -> str:
+    """The way of a call that torch has no function for."""
+    return DISPATCHER if is_compiling() or observed(x) else select(family, x)
+
+
+def beside(way: str, *tensors: Tensor | None) -> str:
+    """The way of a call with these tensors beside the one that it was found for."""
+    if way == DISPATCHER:
         return DISPATCHER
     for x in tensors:
         if x is not None and strange(x):
             return DISPATCHER
     return way
+
+
+def batched(dy: Tensor) -> bool:
+    """Whether dy is many gradients in one (is_grads_batched), which have no data to point at."""
+    return is_legacy_batchedtensor(dy)
 
 
 def select(family: str, x: Tensor) -> str:

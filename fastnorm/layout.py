@@ -58,6 +58,11 @@ def restride(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     )
 
 
+def canonical_strides(x: Tensor) -> bool:
+    """Whether x has the strides of a new contiguous tensor: where a size is 1 they may be any."""
+    return x.is_contiguous() and 1 not in x.shape
+
+
 def channels_last(x: Tensor) -> bool:
     """Whether batch norm's output for x is channels_last (2-d) or channels_last_3d: x is, and is
     not contiguous too."""
@@ -71,7 +76,7 @@ def channels_last(x: Tensor) -> bool:
 def planes_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor of x's shape in the layout of batch norm's outputs and gradients:
     channels_last or contiguous."""
-    if dtype is None and x.is_contiguous():  # what every keyword costs is not needed then
+    if dtype is None and canonical_strides(x):  # what every keyword costs is not needed then
         return torch.empty_like(x)
     form = torch.contiguous_format
     if channels_last(x):

@@ -65,9 +65,7 @@ class Op:
         if type(tensors[0]) is list:
             tensors = tuple(x for part in tensors for x in (part if type(part) is list else [part]))
         x, *others = tensors
-        if dispatch.observed(x):
-            return dispatch.DISPATCHER
-        return dispatch.beside(dispatch.select(self.family, x), *others)
+        return dispatch.beside(dispatch.way_to_op(self.family, x), *others)
 
 
 def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) -> Op:
@@ -111,16 +109,26 @@ def apply(function: type[torch.autograd.Function], way: str, *inputs: Any) -> An
     return _applied(function)(*inputs, way)
 
 
+def by_formula(*gradients: Tensor | None) -> bool:
+    """Whether backward has to be made of torch's functions: it will be differentiated itself
+    (create_graph=True), or its gradients are batched."""
+    if torch.is_grad_enabled():
+        return True
+    return not torch.compiler.is_compiling() and any(
+        dy is not None and dispatch.batched(dy) for dy in gradients
+    )
+
+
 def differentiable_backward(
     composite: Callable[..., Any], inputs: tuple[Tensor | None, ...], gradients: Any
 ) -> tuple[Tensor | None, ...]:
     """The gradients of ``composite(*inputs)`` as differentiable functions of the inputs and of
     ``gradients``.
 
-    An autograd Function's backward takes this way when grad mode is on in it (create_graph=True):
-    double backward goes through torch's own functions. One gradient per input; None where an input
-    is None or needs none.
+    An autograd Function's backward takes this way where `by_formula` says so. One gradient per
+    input; None where an input is None or needs none.
     """
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # views: a residual that x was computed from, or x itself given twice, must not receive x's
         # gradient on top of its own
@@ -130,6 +138,8 @@ def differentiable_backward(
             return (None,) * len(inputs)
         outputs = composite(*inputs)
         found = iter(
-            torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True)
+            torch.autograd.grad(
+                outputs, wanted, gradients, create_graph=create_graph, allow_unused=True
+            )
         )
     return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)

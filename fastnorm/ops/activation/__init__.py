@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastnorm import dispatch, layout
 from fastnorm.ops.activation import reference
-from fastnorm.ops.registry import apply, differentiable_backward, register
+from fastnorm.ops.registry import apply, by_formula, differentiable_backward, register
 
 NAMES = tuple(reference.ACTIVATIONS)
 _GELU = {"none": "gelu", "tanh": "gelu_tanh", "sigmoid": "gelu_sigmoid"}
@@ -85,7 +85,7 @@ _swish_backward = register(
 
 
 def _gradient(x: Tensor, dy: Tensor, name: str) -> Tensor | None:
-    if torch.is_grad_enabled():
+    if by_formula(dy):
         (dx,) = differentiable_backward(reference.ACTIVATIONS[name].value, (x,), dy)
         return dx
     found: Tensor = _backward(x, layout.match(dy, x), name)
@@ -138,7 +138,7 @@ class SwishFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, beta = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_formula(dy):
             return *differentiable_backward(reference.swish, (x, beta), dy), None
         needs = list(ctx.needs_input_grad[:2])
         dx, dbeta = _swish_backward(x, layout.match(dy, x), beta, needs)
@@ -338,6 +338,7 @@ def swish(input: Tensor, beta: Tensor | float = 1.0) -> Tensor:
             f"expected beta of one element or of shape [{channels}], one per channel of an input "
             f"of shape {list(input.shape)}; got {list(beta.shape)}"
         )
+    _check_dtype(beta, "swish")
     if beta.device != input.device:
         raise RuntimeError(
             f"input is on {input.device}, beta on {beta.device}: expected both on the same device"

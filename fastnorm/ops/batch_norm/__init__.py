@@ -11,7 +11,7 @@ from fastnorm import dispatch, layout
 from fastnorm.ops.activation import check_name
 from fastnorm.ops.activation.reference import wide_dtype
 from fastnorm.ops.batch_norm import reference
-from fastnorm.ops.registry import apply, differentiable_backward, register
+from fastnorm.ops.registry import apply, by_formula, differentiable_backward, register
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -135,7 +135,7 @@ class BatchNormFunction(torch.autograd.Function):
         x, residual, weight, bias, statistics = ctx.saved_tensors
         batch_stats, eps, activation = ctx.settings
         plain = activation == "identity"
-        if torch.is_grad_enabled():
+        if by_formula(dy):
 
             def composite(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
                 fixed_mean, fixed_rstd = (None, None) if batch_stats else statistics
@@ -193,7 +193,7 @@ class MeanOnlyBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         (bias,) = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
-        if torch.is_grad_enabled():  # linear in x and bias: the gradients depend on dy alone
+        if by_formula(dy):  # linear in x and bias: the gradients depend on dy alone
             dims = [0, *range(2, dy.dim())]
             dx = dy - dy.mean(dims, keepdim=True) if ctx.batch_stats else dy
             dbias = dy.sum(dims).to(bias.dtype) if needs[1] else None
@@ -227,6 +227,18 @@ def _served(
     return True
 
 
+def _countable(count: Tensor, x: Tensor) -> bool:
+    """Whether a kernel on x's device can count a batch."""
+    return count.dtype is torch.int64 and count.device == x.device
+
+
+def _counted(count: Tensor, momentum: float | None) -> float:
+    """Count a batch as torch's layers do, before it is looked at; the share of the batch in the
+    running statistics."""
+    count.add_(1)
+    return 1.0 / float(count) if momentum is None else momentum
+
+
 def check_parameters(x: Tensor, **parameters: Tensor | None) -> None:
     """RuntimeError where a parameter or buffer does not have one value per channel, on x's
     device."""
@@ -237,6 +249,8 @@ def check_parameters(x: Tensor, **parameters: Tensor | None) -> None:
             raise RuntimeError(
                 f"{what} is on {value.device}, input on {x.device}: expected the same device"
             )
+        if value is not None and not value.is_floating_point():
+            raise NotImplementedError(f"{what} is {value.dtype}: give a floating-point tensor")
 
 
 def check_residual(x: Tensor, residual: Tensor | None) -> bool:
@@ -358,6 +372,11 @@ def by_way(
 ) -> Tensor:
     """:func:`batch_norm` on the way that dispatch.way has found for input."""
     inside = residual is None or check_residual(input, residual)
+    if not training:
+        num_batches_tracked = None
+    elif num_batches_tracked is not None and not _countable(num_batches_tracked, input):
+        momentum = _counted(num_batches_tracked, momentum)
+        num_batches_tracked = None
     fits = None
     forbidden = way is None and not torch_can(input, weight, running_mean, momentum)
     if way is not None or forbidden:
@@ -368,11 +387,8 @@ def by_way(
             and (training or running_mean is not None)
         )
     if not fits:
-        share = momentum
-        if training and num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-            if momentum is None:
-                share = 1.0 / float(num_batches_tracked)
+        if num_batches_tracked is not None:
+            momentum = _counted(num_batches_tracked, momentum)
         return reference.native(
             input,
             running_mean,
@@ -380,13 +396,11 @@ def by_way(
             weight,
             bias,
             training,
-            share or 0.0,
+            momentum or 0.0,
             eps,
             residual,
             activation,
         )
-    if not training:
-        num_batches_tracked = None
     statistics = (running_mean, running_var, num_batches_tracked)
     rest = (training, momentum, eps)
     f = activation if inside else "identity"
@@ -395,6 +409,8 @@ def by_way(
             input, residual if inside else None, weight, bias, *statistics, *rest, f
         )
         return y if inside else reference.finish(y, residual, activation)
+    if way is None:
+        way = dispatch.way_to_op("batch_norm", input)
     y = apply(
         BatchNormFunction,
         dispatch.beside(way, residual, weight, bias, *statistics),
@@ -458,14 +474,12 @@ def mean_only_batch_norm(
     """
     if input.dim() < 2:
         raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
-    if (
-        training
-        and num_batches_tracked is not None
-        and not _served(input, True, (bias, running_mean))
+    if not training:
+        num_batches_tracked = None
+    if num_batches_tracked is not None and not (
+        _countable(num_batches_tracked, input) and _served(input, True, (bias, running_mean))
     ):
-        num_batches_tracked.add_(
-            1
-        )  # as torch's layers do: the batch is counted before it is looked at
+        momentum = _counted(num_batches_tracked, momentum)
         num_batches_tracked = None
     if not input.is_floating_point():
         raise NotImplementedError(f'"mean_only_batch_norm" not implemented for {input.dtype}')
@@ -486,13 +500,15 @@ def mean_only_batch_norm(
             with torch.no_grad():
                 reference.mean_only_statistics(input, running_mean, num_batches_tracked, momentum)
         return reference.mean_only_composite(input, bias, None if training else running_mean)
+    if way is None:
+        way = dispatch.way_to_op("batch_norm", input)
     y: Tensor = apply(
         MeanOnlyBatchNormFunction,
         dispatch.beside(way, bias, running_mean, num_batches_tracked),
         layout.to_planes(input),
         bias,
         running_mean,
-        num_batches_tracked if training else None,
+        num_batches_tracked,
         training,
         momentum,
     )

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnorm import dispatch
+from fastnorm import dispatch, layout
 from fastnorm.ops.activation import check_name
 from fastnorm.ops.activation.reference import wide_dtype
 from fastnorm.ops.layer_norm import reference
-from fastnorm.ops.registry import apply, differentiable_backward, register
+from fastnorm.ops.registry import apply, by_formula, differentiable_backward, register
 
 # the outputs, and what an op of this family looks like to torch; statistics [2, M], wide, are the
 # mean and 1 / sqrt(variance + eps) of every row
 
 
 def _row_major(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if x.dtype == dtype and x.is_contiguous():  # what every keyword costs is not needed then
+    if x.dtype == dtype and layout.canonical_strides(x):  # what every keyword costs is not needed
         return torch.empty_like(x)
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
@@ -117,7 +117,7 @@ class LayerNormFunction(torch.autograd.Function):
         needs = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], *ctx.needs_input_grad[2:4]]
         if dy is None:  # only the sum was used
             dx, dweight, dbias = dsum, None, None
-        elif torch.is_grad_enabled():
+        elif by_formula(dy, dsum):
             shape = list(x.shape[x.dim() - dims :])
 
             def composite(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import dispatch
-from fastnorm.ops.registry import apply, differentiable_backward, register
+from fastnorm.ops.registry import apply, by_formula, differentiable_backward, register
 from fastnorm.ops.weight_norm import reference
 
 
@@ -114,7 +114,7 @@ class WeightNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
         v, g, norm = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_formula(dw):
             dv, dg = differentiable_backward(
                 lambda v, g: reference.composite(v, g, ctx.dim, ctx.eps), (v, g), dw
             )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import dispatch
-from fastnorm.ops.registry import differentiable_backward, register
+from fastnorm.ops.registry import by_formula, differentiable_backward, register
 from fastnorm.ops.weight_norm import check, normalized_dim, reference, weight_norm
 
 # the outputs, and what the ops look like to torch
@@ -86,7 +86,7 @@ class WeightNormGroupFunction(torch.autograd.Function):
         used = [i for i in range(count) if dw[i] is not None]
         given: list[Any] = [dw[i] for i in used]
         gradients: list[Tensor | None] = [None] * (2 * count)
-        if torch.is_grad_enabled():
+        if by_formula(*given):
             for i, gradient in zip(used, given, strict=True):
                 dim, eps = reference.alone(ctx.dim[i], ctx.eps[i])
                 gradients[i], gradients[count + i] = differentiable_backward(
@@ -141,6 +141,10 @@ def weight_norm_group(
     One call and one autograd node where a kernel of ours serves; each by itself where torch's own
     function does. Layers that are computed in fp64 and those in fp32 make two calls.
     """
+    devices = {x.device for x in itertools.chain(v, g)}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"expected all layers on the same device, and they are on {names}")
     found: dict[int, Tensor] = {}
     groups: dict[torch.dtype, list[tuple[int, int]]] = {}  # of (layer, its dim)
     for i, (x, scale) in enumerate(zip(v, g, strict=True)):

@@ -1,0 +1,149 @@
+"""The way of a call to its kernel: what must not go straight to one, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastnorm
+from fastnorm import dispatch, functional
+
+LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "swish": lambda x: functional.swish(x, torch.tensor([1.5], device=x.device)),
+    "layer_norm": lambda x: functional.layer_norm(x, (4,)),  # type: ignore[return-value]
+    "batch_norm": lambda x: functional.batch_norm(x, None, None, training=True),
+    "mean_only": lambda x: functional.mean_only_batch_norm(x, None, None, True),
+    "weight_norm": lambda x: functional.weight_norm(x, torch.ones(8, 1, device=x.device)),
+    "weight_norm_group": lambda x: fastnorm.ops.weight_norm.group.weight_norm_group(
+        [x, x], [torch.ones(8, 1, device=x.device)] * 2, [0, 0], [None, None]
+    )[1],
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_batched_gradients(name: str, backend: str, device: str) -> None:
+    x = torch.randn(8, 4, device=device, requires_grad=True)
+    y, dys = LAYERS[name](x), torch.randn(3, 8, 4, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there are faster ways to batch
+        (found,) = torch.autograd.grad(y, x, dys, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in dys]
+    torch.testing.assert_close(found, torch.stack(each))
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("name", ["silu", "swish", "layer_norm", "batch_norm"])
+def test_a_tensor_that_vmap_has_left_behind_is_torchs_error(name: str, backend: str) -> None:
+    left: list[Tensor] = []
+    torch.func.vmap(lambda t: (left.append(t), t.sum())[1])(torch.randn(2, 8, 4))
+    with pytest.raises(RuntimeError, match="may have escaped from inside a function being vmapped"):
+        LAYERS[name](left[0])
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("only_mean", [True, False])
+def test_a_count_that_no_kernel_can_reach(
+    only_mean: bool, dtype: torch.dtype, momentum: float | None, backend: str, device: str
+) -> None:
+    """On another device, or no int64: what torch's layers count too."""
+    x = torch.randn(8, 4, device=device).to(dtype)
+    count = torch.tensor(1.0)  # on a CPU, where only a GPU's tensors are another device's
+    mean, var = torch.ones(4, device=device), torch.ones(4, device=device)
+    if only_mean:
+        y = functional.mean_only_batch_norm(
+            x, mean, None, True, momentum, num_batches_tracked=count
+        )
+        torch.testing.assert_close(y, x - x.float().mean(0).to(dtype), atol=1e-2, rtol=1e-2)
+    else:
+        weight = torch.ones(4, dtype=dtype, device=device)
+        functional.batch_norm(
+            x, mean, var, weight, weight, True, momentum, num_batches_tracked=count
+        )
+    share = 0.5 if momentum is None else momentum
+    torch.testing.assert_close(mean, (1 - share) + share * x.float().mean(0))
+    assert count == 2
+
+
+def test_a_count_without_data_counts_nothing(backend: str, device: str) -> None:
+    x, mean = torch.randn(8, 4, device=device), torch.zeros(4, device=device)
+    count = torch.zeros((), dtype=torch.int64, device="meta")
+    functional.mean_only_batch_norm(x, mean, None, True, num_batches_tracked=count)
+    torch.testing.assert_close(mean, 0.1 * x.mean(0))
+
+
+STRIDES = [
+    ((1, 4, 4), (3, 4, 1)),
+    ((4, 1), (1, 9)),
+    ((2, 4, 1, 1), (4, 1, 4, 4)),
+    ((2, 1, 4, 4), (16, 1, 4, 1)),
+]
+
+
+@pytest.mark.parametrize("shape, strides", STRIDES)
+def test_strides_of_size_1_are_torchs(
+    shape: tuple[int, ...], strides: tuple[int, ...], backend: str, device: str
+) -> None:
+    x = torch.empty_strided(shape, strides, device=device).normal_()
+    statistics = [torch.ones(shape[1], device=device)] * 2
+    y = functional.batch_norm(x, *statistics)
+    assert y.stride() == torch.nn.functional.batch_norm(x, *statistics).stride()
+    z = functional.layer_norm(x, shape[-1:])
+    assert z.stride() == torch.nn.functional.layer_norm(x, shape[-1:]).stride()
+
+
+def test_a_backend_that_is_not_there_is_refused_after_the_layers_own_checks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "_serves", lambda *_: False)
+    x = torch.randn(8, 4)
+    with fastnorm.backend("triton"):
+        empty = functional.batch_norm(x[:0], torch.zeros(4), torch.ones(4))
+        with pytest.raises(NotImplementedError, match="give a floating-point tensor"):
+            functional.silu(torch.ones(3, dtype=torch.long))
+        with pytest.raises(ValueError, match="expected 2D or 3D input"):
+            fastnorm.BatchNorm1d(4)(x[0])
+        with pytest.raises(ValueError, match="unknown activation 'swash'"):
+            functional.batch_norm(x, None, None, training=True, activation="swash")
+        with pytest.raises(RuntimeError, match="'triton' was forced but cannot serve this call"):
+            functional.silu(x)
+    assert empty.shape == (0, 4)
+
+
+def test_parameters_that_are_no_floats_are_named(backend: str, device: str) -> None:
+    x, whole = torch.randn(8, 4, device=device), torch.ones(4, dtype=torch.int64, device=device)
+    with pytest.raises(NotImplementedError, match=r"bias is torch\.int64: give a floating-point"):
+        functional.mean_only_batch_norm(x, None, whole, True)
+    with pytest.raises(NotImplementedError, match=r'"swish" not implemented for torch\.int64'):
+        functional.swish(x, whole)
+
+
+def test_a_dtype_that_the_extension_lacks(device: str) -> None:
+    if fastnorm.backends()["cuda"] is not None:
+        pytest.skip(f"needs the CUDA backend: {fastnorm.backends()['cuda']}")
+    x = torch.randn(64, 64, device=device).to(torch.float8_e4m3fn)
+    text = r"takes float32, bfloat16, float16, float64, and was given torch\.float8_e4m3fn"
+    with fastnorm.backend("cuda"), pytest.raises(TypeError, match=text):
+        functional.silu(x)
+
+
+def test_a_tensor_without_data_is_refused(device: str) -> None:
+    if fastnorm.backends()["cuda"] is not None:
+        pytest.skip(f"needs the CUDA backend: {fastnorm.backends()['cuda']}")
+    x = torch._efficientzerotensor((3, 5), device=device)
+    with fastnorm.backend("cuda"), pytest.raises(ValueError, match="a tensor without data"):
+        functional.silu(x)
+
+
+def test_layers_of_two_devices_are_no_group(backend: str, device: str) -> None:
+    from fastnorm.ops.weight_norm.group import weight_norm_group
+
+    v = [torch.ones(2, 3, device=device), torch.ones(2, 3, device="meta")]
+    g = [torch.ones(2, 1, device=device)] * 2
+    with pytest.raises(RuntimeError, match=r"on the same device, and they are on .*meta"):
+        weight_norm_group(v, g, [0, 0], [None, None])
