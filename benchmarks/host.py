@@ -26,6 +26,7 @@ from fastnorm.ops.extension import extension
 from tests import emulation
 
 STUBBED = "fastnorm, launch stubbed out"
+LEAST = "an autograd Function that saves its input and allocates its output"
 ROUNDS = 20  # the providers take turns: a busy moment of the machine must not hit one alone
 
 
@@ -47,6 +48,21 @@ def launches_stubbed_out() -> Iterator[None]:
             yield
     finally:
         engine.configure()
+
+
+class _Least(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+
+class Least(nn.Module):
+    """What no layer with a Function in Python can go below."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Least.apply(x)  # type: ignore[no-untyped-call]
+        return y
 
 
 @dataclass(frozen=True)
@@ -81,9 +97,10 @@ def call_of(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Callable[[
 
 
 def measure(layer: Layer) -> Iterator[schema.Row]:
-    """Rows of torch's layer and of ours."""
+    """Rows of torch's layer, of what a layer takes at least, and of ours."""
     layout = "nchw" if layer.shape == PLANES else "rows"
-    calls = {"torch": call_of(layer.torchs, layer.shape), STUBBED: call_of(layer.ours, layer.shape)}
+    makes = {"torch": layer.torchs, LEAST: Least, STUBBED: layer.ours}
+    calls = {provider: call_of(make, layer.shape) for provider, make in makes.items()}
     found: dict[str, list[timing.Timing]] = {provider: [] for provider in calls}
     for _ in range(ROUNDS):
         for provider, call in calls.items():
@@ -112,10 +129,10 @@ def main(path: str, *ops: str) -> None:
     with launches_stubbed_out():
         for layer in [layer for layer in LAYERS if not ops or layer.op in ops]:
             results.rows += measure(layer)
-            torchs, ours = (row.ms_median * 1e3 for row in results.rows[-2:])
+            torchs, least, ours = (row.ms_median * 1e3 for row in results.rows[-3:])
             print(
-                f"{layer.op} {layer.variant}: torch {torchs:.1f} us, ours {ours:.1f} us, "
-                f"{ours / torchs:.2f}x (at most {layer.limit}x)"
+                f"{layer.op} {layer.variant}: torch {torchs:.1f} us, a Function at least "
+                f"{least:.1f} us, ours {ours:.1f} us, {ours / torchs:.2f}x (at most {layer.limit}x)"
             )
     schema.save(results, Path(path))
 
