@@ -298,27 +298,30 @@ def transformed() -> bool:
 DISPATCHER = "dispatcher"  # the way of a call through torch's dispatcher
 
 
-def strange(x: Tensor) -> bool:
-    """Whether x is more than its data: a subclass, what torch.func has left of a tensor, a view
-    that negates."""
-    kind = type(x)
-    return (
-        kind is not Parameter and (kind is not Tensor or is_functorch_wrapped_tensor(x))
-    ) or x.is_neg()
+def watched(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether torch's dispatcher, given these, would do more than come back to us: for a mode, a
+    profiler, the shape of an output that is never computed; for a tensor that is more than its
+    data, as a subclass, what torch.func has left of a tensor, or a view that negates.
+    """
+    if _len_torch_dispatch_stack() > 0 or _profiler_enabled() or x.is_meta:
+        return True
+    for t in (x, *others):
+        if t is not None:
+            kind = type(t)
+            if t.is_neg() or (
+                kind is not Parameter and (kind is not Tensor or is_functorch_wrapped_tensor(t))
+            ):
+                return True
+    return False
 
 
-def observed(x: Tensor) -> bool:
-    """Whether torch's dispatcher, given x, would do more than come back to us: for a mode, a
-    profiler, the shape of an output that is never computed."""
-    return _len_torch_dispatch_stack() > 0 or _profiler_enabled() or x.is_meta or strange(x)
-
-
-def way(family: str, x: Tensor, elements: int | None = None) -> str | None:
+def way(family: str, x: Tensor, *others: Tensor | None, elements: int | None = None) -> str | None:
     """How a call is made, decided before any Function or op of ours is entered: by torch's own
     function (None), by our op through torch's dispatcher (DISPATCHER), or straight by the backend
     of that name, where the dispatcher would add nothing but time.
 
-    ``elements``: of all tensors that one launch serves, where x is not the only one.
+    ``others``: all tensors beside x. ``elements``: of all that one launch serves, where x is not
+    the only one.
     """
     backend = None
     if _forced == "auto":
@@ -332,7 +335,7 @@ def way(family: str, x: Tensor, elements: int | None = None) -> str | None:
         and (x.numel() if elements is None else elements) < RULES[family].from_elements[backend]
     ):
         return None
-    if observed(x):
+    if watched(x, *others):
         return None if _escaped(x) else DISPATCHER
     if backend is None and not _serves(_forced, x.is_cuda, x.is_cpu):
         return DISPATCHER  # which says so, after the family's checks
@@ -344,19 +347,9 @@ def _escaped(x: Tensor) -> bool:
     return is_functorch_wrapped_tensor(x) and is_functorch_wrapped_tensor(unwrap_if_dead(x))
 
 
-def way_to_op(family: str, x: Tensor) -> str:
+def way_to_op(family: str, x: Tensor, *others: Tensor | None) -> str:
     """The way of a call that torch has no function for."""
-    return DISPATCHER if is_compiling() or observed(x) else select(family, x)
-
-
-def beside(way: str, *tensors: Tensor | None) -> str:
-    """The way of a call with these tensors beside the one that it was found for."""
-    if way == DISPATCHER:
-        return DISPATCHER
-    for x in tensors:
-        if x is not None and strange(x):
-            return DISPATCHER
-    return way
+    return DISPATCHER if is_compiling() or watched(x, *others) else select(family, x)
 
 
 def batched(dy: Tensor) -> bool:

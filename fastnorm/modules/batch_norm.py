@@ -11,7 +11,7 @@ from fastnorm import dispatch
 from fastnorm.modules.attributes import pair
 from fastnorm.modules.programs import Proxy, Scriptable, leaf
 from fastnorm.ops.activation import check_name
-from fastnorm.ops.batch_norm import by_way, mean_only_batch_norm, torch_can
+from fastnorm.ops.batch_norm import by_way, mean_only_batch_norm
 
 
 def _statistics(module: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
@@ -30,18 +30,13 @@ def _statistics(module: Any) -> tuple[Tensor | None, Tensor | None, Tensor | Non
 
 
 def fused(
-    module: Any,
-    way: str | None,
-    input: Tensor,
-    activation: str | None,
-    residual: Tensor | None = None,
+    module: Any, input: Tensor, activation: str | None, residual: Tensor | None = None
 ) -> Tensor:
-    """batch_norm with a layer's parameters, buffers and mode, on the way that dispatch.way has
-    found for input."""
+    """batch_norm with a layer's parameters, buffers and mode."""
     mean, var, count, batch_stats = _statistics(module)
     weight, bias = pair(module, module._parameters, "weight", "bias")
     return by_way(
-        way,
+        dispatch.way("batch_norm", input, residual, weight, bias, mean, var, count),
         input,
         mean,
         var,
@@ -51,7 +46,7 @@ def fused(
         module.momentum,
         module.eps,
         count,
-        check_name(activation),
+        "identity" if activation is None else check_name(activation),
         residual,
     )
 
@@ -64,16 +59,8 @@ class _BatchNorm(Scriptable, torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy):
             return leaf(self, input, residual)
-        way = dispatch.way("batch_norm", input)
-        plain = residual is None and self.activation is None
-        if (
-            way is None
-            and plain
-            and torch_can(input, self.weight, self.running_mean, self.momentum)
-        ):
-            return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        return fused(self, way, input, self.activation, residual)
+        return fused(self, input, self.activation, residual)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):

@@ -7,7 +7,6 @@ from typing import Any
 from timm.layers import activations, norm_act
 from torch import Tensor, nn
 
-from fastnorm import dispatch
 from fastnorm.modules.batch_norm import fused
 from fastnorm.modules.programs import Proxy, leaf, twin_of
 from fastnorm.ops.layer_norm import layer_norm
@@ -34,7 +33,7 @@ class BatchNormAct2d(norm_act.BatchNormAct2d):  # type: ignore[misc]
         name = _folded(self)
         if name is None or x.dim() != 4:
             return super().forward(x)  # type: ignore[no-any-return]
-        return fused(self, dispatch.way("batch_norm", x), x, name)
+        return fused(self, x, name)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return twin_of(self, norm_act.BatchNormAct2d)

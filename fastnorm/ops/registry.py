@@ -64,8 +64,7 @@ class Op:
         tensors = inputs[: self.tensors]
         if type(tensors[0]) is list:
             tensors = tuple(x for part in tensors for x in (part if type(part) is list else [part]))
-        x, *others = tensors
-        return dispatch.beside(dispatch.way_to_op(self.family, x), *others)
+        return dispatch.way_to_op(self.family, *tensors)
 
 
 def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) -> Op:
@@ -96,17 +95,17 @@ def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) 
 
 
 @functools.cache
-def _applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def _without_torch_func(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """function.apply without what it does at every call for torch.func, whose tensors never go
     straight to a backend (dispatch.way)."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc,no-any-return]
 
 
-def apply(function: type[torch.autograd.Function], way: str, *inputs: Any) -> Any:
-    """Call a Function whose forward takes ``inputs`` and the way to its op."""
+def applied(function: type[torch.autograd.Function], way: str) -> Callable[..., Any]:
+    """What calls a Function whose forward takes, last of all, the way to its op."""
     if way == dispatch.DISPATCHER:
-        return function.apply(*inputs, way)
-    return _applied(function)(*inputs, way)
+        return function.apply
+    return _without_torch_func(function)
 
 
 def by_formula(*gradients: Tensor | None) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastnorm import dispatch, layout
 from fastnorm.ops.activation import reference
-from fastnorm.ops.registry import apply, by_formula, differentiable_backward, register
+from fastnorm.ops.registry import applied, by_formula, differentiable_backward, register
 
 NAMES = tuple(reference.ACTIVATIONS)
 _GELU = {"none": "gelu", "tanh": "gelu_tanh", "sigmoid": "gelu_sigmoid"}
@@ -195,13 +195,14 @@ def _by_our_op(way: str, input: Tensor, name: str, inplace: bool) -> Tensor:
     # copied outside the Function, where autograd sees it: what a Function saves must be what it was
     # given
     if not inplace:
-        return apply(ActivationFunction, way, layout.dense(input), name)  # type: ignore[no-any-return]
+        x = input if input.is_contiguous() else layout.dense(input)
+        return applied(ActivationFunction, way)(x, name, way)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and input.requires_grad:
         if input.is_leaf:
             raise RuntimeError(
                 "a leaf Variable that requires grad is being used in an in-place operation."
             )
-        return apply(InplaceActivationFunction, way, input.clone(), input, name)  # type: ignore[no-any-return]
+        return applied(InplaceActivationFunction, way)(input.clone(), input, name, way)  # type: ignore[no-any-return]
     with torch.no_grad():
         _forward_.by[way](input, input, name)
     return input
@@ -343,11 +344,11 @@ def swish(input: Tensor, beta: Tensor | float = 1.0) -> Tensor:
         raise RuntimeError(
             f"input is on {input.device}, beta on {beta.device}: expected both on the same device"
         )
-    way = dispatch.way("activation", input)
+    way = dispatch.way("activation", input, beta)
     if way is None:
         return reference.swish(input, beta)
     x = layout.dense(input)
     if beta.numel() > 1 and not layout.canonical(x):
         x = x.contiguous()
-    result: Tensor = apply(SwishFunction, dispatch.beside(way, beta), x, beta.contiguous())
+    result: Tensor = applied(SwishFunction, way)(x, beta.contiguous(), way)
     return result

@@ -11,7 +11,7 @@ from fastnorm import dispatch, layout
 from fastnorm.ops.activation import check_name
 from fastnorm.ops.activation.reference import wide_dtype
 from fastnorm.ops.batch_norm import reference
-from fastnorm.ops.registry import apply, by_formula, differentiable_backward, register
+from fastnorm.ops.registry import applied, by_formula, differentiable_backward, register
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -105,12 +105,10 @@ class BatchNormFunction(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
-        batch_stats: bool,
-        momentum: float | None,
-        eps: float,
-        activation: str,
+        settings: tuple[bool, float | None, float, str],
         way: str,
     ) -> Tensor:
+        batch_stats, momentum, eps, activation = settings
         y, statistics = _forward.by[way](
             x,
             residual,
@@ -126,14 +124,14 @@ class BatchNormFunction(torch.autograd.Function):
         )
         plain = activation == "identity"
         ctx.save_for_backward(x, None if plain else residual, weight, bias, statistics)
-        ctx.settings = batch_stats, eps, activation
+        ctx.settings = settings
         result: Tensor = y
         return result
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, residual, weight, bias, statistics = ctx.saved_tensors
-        batch_stats, eps, activation = ctx.settings
+        batch_stats, _, eps, activation = ctx.settings
         plain = activation == "identity"
         if by_formula(dy):
 
@@ -164,7 +162,7 @@ class BatchNormFunction(torch.autograd.Function):
                 found = [dx, dresidual, dweight, dbias]
         if plain and ctx.needs_input_grad[1]:
             found[1] = dy
-        return *found, *[None] * 8
+        return *found, *[None] * 5
 
 
 class MeanOnlyBatchNormFunction(torch.autograd.Function):
@@ -330,7 +328,16 @@ def batch_norm(
                 [1.0000, 1.0000]])
     """
     return by_way(
-        dispatch.way("batch_norm", input),
+        dispatch.way(
+            "batch_norm",
+            input,
+            residual,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+        ),
         input,
         running_mean,
         running_var,
@@ -401,29 +408,23 @@ def by_way(
             residual,
             activation,
         )
-    statistics = (running_mean, running_var, num_batches_tracked)
-    rest = (training, momentum, eps)
-    f = activation if inside else "identity"
+    name = activation if inside else "identity"
+    settings = (training, momentum, eps, name)
     if forbidden and dispatch.transformed():
         y = reference.traced(
-            input, residual if inside else None, weight, bias, *statistics, *rest, f
-        )
+            input, residual if inside else None, weight, bias, running_mean, running_var,
+            num_batches_tracked, training, momentum, eps, name,
+        )  # fmt: skip
         return y if inside else reference.finish(y, residual, activation)
+    tensors = (weight, bias, running_mean, running_var, num_batches_tracked)
     if way is None:
-        way = dispatch.way_to_op("batch_norm", input)
-    y = apply(
-        BatchNormFunction,
-        dispatch.beside(way, residual, weight, bias, *statistics),
-        layout.to_planes(input),
-        layout.match(residual, layout.planes_like(input))
-        if inside and residual is not None
-        else None,
-        weight,
-        bias,
-        *statistics,
-        *rest,
-        f,
-    )
+        way = dispatch.way_to_op("batch_norm", input, residual, *tensors)
+    x = input if input.is_contiguous() else layout.to_planes(input)
+    if residual is None:
+        y = applied(BatchNormFunction, way)(x, None, *tensors, settings, way)
+        return y  # type: ignore[no-any-return]
+    added = layout.match(residual, layout.planes_like(input)) if inside else None
+    y = applied(BatchNormFunction, way)(x, added, *tensors, settings, way)
     return y if inside else reference.finish(y, residual, activation)
 
 
@@ -494,22 +495,16 @@ def mean_only_batch_norm(
         )
     if input.numel() == 0:
         return reference.mean_only_composite(input, bias, None if training else running_mean)
-    way = dispatch.way("batch_norm", input)
+    way = dispatch.way("batch_norm", input, bias, running_mean, num_batches_tracked)
     if way is None and dispatch.transformed():
         if training:
             with torch.no_grad():
                 reference.mean_only_statistics(input, running_mean, num_batches_tracked, momentum)
         return reference.mean_only_composite(input, bias, None if training else running_mean)
+    tensors = (bias, running_mean, num_batches_tracked)
     if way is None:
-        way = dispatch.way_to_op("batch_norm", input)
-    y: Tensor = apply(
-        MeanOnlyBatchNormFunction,
-        dispatch.beside(way, bias, running_mean, num_batches_tracked),
-        layout.to_planes(input),
-        bias,
-        running_mean,
-        num_batches_tracked,
-        training,
-        momentum,
+        way = dispatch.way_to_op("batch_norm", input, *tensors)
+    y: Tensor = applied(MeanOnlyBatchNormFunction, way)(
+        layout.to_planes(input), *tensors, training, momentum, way
     )
     return y

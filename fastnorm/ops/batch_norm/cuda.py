@@ -75,16 +75,21 @@ def batch_norm_forward(
     batch_stats: bool, momentum: float | None, eps: float, activation: str,
     y: Tensor, statistics: Tensor | None, center_only: bool = False,
 ) -> None:  # fmt: skip
-    moved_mean, moved_var = _compact(running_mean), _compact(running_var)
+    # [C] without gaps, of slices and expansions too
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    moved_mean = None if running_mean is None else running_mean.contiguous()
+    moved_var = None if running_var is None else running_var.contiguous()
     p = plan(x, y, activation, False, not batch_stats, 1, int(residual is not None))
     partials = counters = None
     if batch_stats:
-        partials = workspace(x, p)
+        if p.partials:
+            partials = workspace(x, p)
         if p.ordered or num_batches_tracked is not None:
             counters = launch.counters(x, p.counters)
     extension().batch_norm_forward(
         y, statistics, moved_mean, moved_var, num_batches_tracked, momentum,
-        x, residual, _compact(weight), _compact(bias), partials, counters, eps,
+        x, residual, weight, bias, partials, counters, eps,
         activation_code(activation), batch_stats, center_only, p, stream(x),
     )  # fmt: skip
     if batch_stats and not (moved_mean is running_mean and moved_var is running_var):

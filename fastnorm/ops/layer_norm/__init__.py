@@ -15,7 +15,7 @@ from fastnorm import dispatch, layout
 from fastnorm.ops.activation import check_name
 from fastnorm.ops.activation.reference import wide_dtype
 from fastnorm.ops.layer_norm import reference
-from fastnorm.ops.registry import apply, by_formula, differentiable_backward, register
+from fastnorm.ops.registry import applied, by_formula, differentiable_backward, register
 
 # the outputs, and what an op of this family looks like to torch; statistics [2, M], wide, are the
 # mean and 1 / sqrt(variance + eps) of every row
@@ -93,27 +93,23 @@ class LayerNormFunction(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        dims: int,
-        eps: float,
-        activation: str,
-        dtype: torch.dtype,
-        return_sum: bool,
+        settings: tuple[int, float, str, torch.dtype, bool],
         way: str,
     ) -> tuple[Tensor, Tensor | None]:
+        dims, eps, activation, dtype, return_sum = settings
         want_sum = residual is not None and (return_sum or any(ctx.needs_input_grad))
         y, statistics, total = _forward.by[way](
             x, residual, weight, bias, dims, eps, activation, dtype, want_sum
         )
         ctx.set_materialize_grads(False)
-        ctx.settings = dims, eps, activation
+        ctx.settings = settings
         ctx.save_for_backward(x if residual is None else total, weight, bias, statistics)
         return y, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, statistics = ctx.saved_tensors
-        dims, eps, activation = ctx.settings
-        rest = (None,) * 6
+        dims, eps, activation, *_ = ctx.settings
         needs = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], *ctx.needs_input_grad[2:4]]
         if dy is None:  # only the sum was used
             dx, dweight, dbias = dsum, None, None
@@ -137,7 +133,8 @@ class LayerNormFunction(torch.autograd.Function):
             dx if ctx.needs_input_grad[1] else None,
             dweight,
             dbias,
-            *rest,
+            None,
+            None,
         )
 
 
@@ -235,7 +232,7 @@ def layer_norm(
         tensor([[-1.0000,  1.0000],
                 [ 0.0000,  0.0000]])
     """
-    name = check_name(activation)
+    name = "identity" if activation is None else check_name(activation)
     if autocast is not None and autocast != "input":
         raise ValueError(
             f"unknown autocast {autocast!r}: choose None (fp32 as torch) "
@@ -244,7 +241,7 @@ def layer_norm(
     shape = tuple(normalized_shape)
     if residual is not None and not _fusible(input, residual):
         input, residual = input + residual, None
-    way = dispatch.way("layer_norm", input)
+    way = dispatch.way("layer_norm", input, residual, weight, bias)
     if way is None:
         total = input if residual is None else input + residual
         y = reference.composite(total, weight, bias, list(shape), eps, name)
@@ -252,12 +249,8 @@ def layer_norm(
             y = y.to(total.dtype)
         return (y, total) if return_sum else y
     _check(input, shape, weight, bias, eps)
-    way = dispatch.beside(way, residual, weight, bias)
-    dtype = output_dtype(input, autocast)
-    y, sum = apply(
-        LayerNormFunction, way,
-        input, residual, weight, bias, len(shape), float(eps), name, dtype, return_sum,
-    )  # fmt: skip
+    settings = (len(shape), float(eps), name, output_dtype(input, autocast), return_sum)
+    y, sum = applied(LayerNormFunction, way)(input, residual, weight, bias, settings, way)
     return (y, input if residual is None else sum) if return_sum else y
 
 

@@ -188,7 +188,9 @@ class Wants(NamedTuple):
     parameters: int
 
 
-def _cut_views(views: Sequence[Tensor], device: int, wants: Wants | None, copied: bool) -> Cut:
+def _cut_views(
+    views: Sequence[Tensor], device: int, wants: Wants | None, limits: Limits, copied: bool
+) -> Cut:
     x, beside = views[0], views[-1]
     shape = Shape(
         rows=x.size(0) * x.size(1),
@@ -199,9 +201,9 @@ def _cut_views(views: Sequence[Tensor], device: int, wants: Wants | None, copied
         processors=launch.processors(device),
     )
     if wants is None:
-        plan = forward_plan(shape, LIMITS)
+        plan = forward_plan(shape, limits)
     else:
-        plan = backward_plan(shape, beside.element_size(), wants.dx, wants.parameters, LIMITS)
+        plan = backward_plan(shape, beside.element_size(), wants.dx, wants.parameters, limits)
     strides = (x.stride(), beside.stride())
     view = extension().LayerNormView(shape.rows, shape.batch_rows, shape.cols, *strides)
     return Cut(shape, view, plan, copied)
@@ -222,14 +224,14 @@ def _cut(
         view.untyped_storage()._cdata != x.untyped_storage()._cdata
         for x, view in zip(tensors, views, strict=True)
     )
-    return _cut_views(views, device, wants, copied)
+    return _cut_views(views, device, wants, limits, copied)
 
 
 def _copies(dims: int, wants: Wants | None, *tensors: Tensor | None) -> tuple[Any, Any, Cut]:
     """x and the tensor beside it as kernels can read them, and what they see of them."""
     there = [t for t in tensors if t is not None]
     views = _views(dims, wants is not None, LIMITS, there)
-    cut = _cut_views(views, views[0].get_device(), wants, True)
+    cut = _cut_views(views, views[0].get_device(), wants, LIMITS, True)
     return views[0], views[1] if len(views) > 1 else None, cut
 
 
@@ -262,8 +264,10 @@ def layer_norm_forward(
     if plan.ticket:
         partials = torch.empty((shape.rows, plan.chunks, 2), dtype=wide_dtype(x), device=x.device)
         counters = launch.counters(x, 2 + shape.rows)
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     extension().layer_norm_forward(
-        y, total, statistics, x, residual, dense(weight), dense(bias), partials, counters, eps,
+        y, total, statistics, x, residual, weight, bias, partials, counters, eps,
         activation_code(activation), cut.view, plan, stream(x),
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import dispatch
-from fastnorm.ops.registry import apply, by_formula, differentiable_backward, register
+from fastnorm.ops.registry import applied, by_formula, differentiable_backward, register
 from fastnorm.ops.weight_norm import reference
 
 
@@ -196,12 +196,10 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0, eps: float | None = N
     if v.numel() == 0:
         # nothing to normalise: zero gradients, where a norm would give 0/0 (and torch a crash)
         return v * g
-    way = dispatch.way("weight_norm", v)
+    way = dispatch.way("weight_norm", v, g)
     if way is None:
         return _native(v, g, dim, eps)
     # made contiguous here and not in the Function: double backward must find the way back to a
     # strided v
-    w: Tensor = apply(
-        WeightNormFunction, dispatch.beside(way, g), v.contiguous(), g.contiguous(), dim, eps
-    )
+    w: Tensor = applied(WeightNormFunction, way)(v.contiguous(), g.contiguous(), dim, eps, way)
     return w

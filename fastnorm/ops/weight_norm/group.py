@@ -172,5 +172,5 @@ def _each_alone(v: list[Tensor]) -> bool:
     """Whether torch's own function serves these layers, or the smallest of them where each takes a
     launch."""
     if dispatch.select("weight_norm", v[0]) == "cuda":
-        return dispatch.way("weight_norm", v[0], sum(x.numel() for x in v)) is None
+        return dispatch.way("weight_norm", v[0], elements=sum(x.numel() for x in v)) is None
     return any(dispatch.way("weight_norm", x) is None for x in v)
