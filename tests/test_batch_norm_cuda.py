@@ -72,10 +72,10 @@ def run(op: Callable[..., Any], tensors: list[Any], settings: tuple[Any, ...]) -
 
 def _apart(outputs: Any) -> list[Tensor]:
     """Mean and rstd apart: neither may hide the other's error."""
-    if not isinstance(outputs, tuple):
-        return [outputs]
-    y, statistics = outputs
-    return [y, *statistics]
+    if isinstance(outputs, tuple) and len(outputs) == 2:
+        y, statistics = outputs
+        return [y, *statistics]
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
 def check(op: Callable[..., Any], tensors: list[Any], settings: tuple[Any, ...]) -> None:

@@ -135,16 +135,18 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _object(source: Path, flags: list[str], say: bool) -> Path:
+def _object(source: Path, flags: list[str]) -> Path:
+    """Where the object is kept that is made of this source."""
     seen = _sources(source, {})
     if "-include" in flags:
         _sources(HERE / "emulation.h", seen)
     contents = [part for path, text in sorted(seen.items()) for part in (path.name, text)]
-    name = f"{source.name}-{_digest(*flags, *contents)}.o"
-    target = OUT / "objects" / name
-    if target.exists():
-        return target
-    return _make(target, [compiler(), *COMMON, *flags, "-c", str(source)], say)
+    return OUT / "objects" / f"{source.name}-{_digest(*flags, *contents)}.o"
+
+
+def _compile(source: Path, flags: list[str], target: Path, say: bool) -> None:
+    if not target.exists():
+        _make(target, [compiler(), *COMMON, *flags, "-c", str(source)], say)
 
 
 def library(
@@ -163,13 +165,15 @@ def library(
     jobs = [(source, ["-O2", *cuda]) for source in ENGINE]
     jobs += [(source, ["-O2", *host, *cuda, *include]) for source in bindings]
     jobs += [(source, [*cuda, *include, *KINDS[kind], *KERNEL]) for source in kernels]
-    with _alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        # the kernels first: they take longest
-        objects = list(pool.map(lambda job: _object(*job, say), reversed(jobs)))
+    objects = [_object(*job) for job in jobs]
     digest = _digest(*KINDS[kind], *(path.name for path in objects))
     target = OUT / kind / f"{name}-{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if target.exists():
+    if target.exists():  # seen without waiting for whoever builds another kind
         return target
+    with _alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        pending = [(*job, path, say) for job, path in zip(jobs, objects, strict=True)]
+        # the kernels first: they take longest
+        list(pool.map(lambda job: _compile(*job), reversed(pending)))
     link = [compiler(), "-shared", *KINDS[kind], "-Wl,-Bsymbolic"]
     return _make(target, [*link, *map(str, objects)], say)
 

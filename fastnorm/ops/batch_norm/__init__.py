@@ -22,7 +22,7 @@ Gradients = tuple[Tensor | None, ...]
 
 def _forward_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     # new_empty takes twice as long
-    statistics = torch.empty((2, x.size(1)), dtype=wide_dtype(x), device=x.device)
+    statistics = torch.empty((2, x.shape[1]), dtype=wide_dtype(x), device=x.device)
     return layout.planes_like(x), statistics
 
 
@@ -212,14 +212,15 @@ def _served(
 ) -> bool:
     """Whether our ops take this call. What they do not take goes to torch: its result for an empty
     batch, its error."""
-    if not (x.dim() >= 2 and x.is_floating_point() and x.numel() > 0):
+    shape, count = x.shape, x.numel()
+    if len(shape) < 2 or count == 0 or not x.is_floating_point():
         return False
-    channels, device = x.size(1), x.device
-    if batch_stats and x.numel() == channels:
+    if batch_stats and count == shape[1]:
         return False
+    per_channel, device = shape[1:2], x.device
     for p in parameters:
         if p is not None and not (
-            p.shape == (channels,) and p.device == device and p.is_floating_point()
+            p.shape == per_channel and p.device == device and p.is_floating_point()
         ):
             return False
     return True
