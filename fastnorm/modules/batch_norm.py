@@ -36,7 +36,7 @@ def fused(
     mean, var, count, batch_stats = _statistics(module)
     weight, bias = pair(module, module._parameters, "weight", "bias")
     return by_way(
-        dispatch.way("batch_norm", input, residual, weight, bias, mean, var, count),
+        dispatch.way("batch_norm", input, residual, weight, bias, mean, var),
         input,
         mean,
         var,

@@ -329,16 +329,7 @@ def batch_norm(
                 [1.0000, 1.0000]])
     """
     return by_way(
-        dispatch.way(
-            "batch_norm",
-            input,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-        ),
+        dispatch.way("batch_norm", input, residual, weight, bias, running_mean, running_var),
         input,
         running_mean,
         running_var,
@@ -417,9 +408,11 @@ def by_way(
             num_batches_tracked, training, momentum, eps, name,
         )  # fmt: skip
         return y if inside else reference.finish(y, residual, activation)
-    tensors = (weight, bias, running_mean, running_var, num_batches_tracked)
     if way is None:
-        way = dispatch.way_to_op("batch_norm", input, residual, *tensors)
+        way = dispatch.way_to_op(
+            "batch_norm", input, residual, weight, bias, running_mean, running_var
+        )
+    tensors = (weight, bias, running_mean, running_var, num_batches_tracked)
     x = input if input.is_contiguous() else layout.to_planes(input)
     if residual is None:
         y = applied(BatchNormFunction, way)(x, None, *tensors, settings, way)
@@ -496,7 +489,7 @@ def mean_only_batch_norm(
         )
     if input.numel() == 0:
         return reference.mean_only_composite(input, bias, None if training else running_mean)
-    way = dispatch.way("batch_norm", input, bias, running_mean, num_batches_tracked)
+    way = dispatch.way("batch_norm", input, bias, running_mean)
     if way is None and dispatch.transformed():
         if training:
             with torch.no_grad():
@@ -504,7 +497,7 @@ def mean_only_batch_norm(
         return reference.mean_only_composite(input, bias, None if training else running_mean)
     tensors = (bias, running_mean, num_batches_tracked)
     if way is None:
-        way = dispatch.way_to_op("batch_norm", input, *tensors)
+        way = dispatch.way_to_op("batch_norm", input, bias, running_mean)
     y: Tensor = applied(MeanOnlyBatchNormFunction, way)(
         layout.to_planes(input), *tensors, training, momentum, way
     )
