@@ -32,6 +32,7 @@ class Knob:
     values: tuple[int, ...]
     modes: tuple[str, ...] = BOTH
     words: tuple[tuple[int, str], ...] = ()  # what a value stands for
+    taken: str = ""  # the field of a launcher's plan that says what its rule takes where it is free
 
     def default(self) -> int | None:
         """What the launcher says now; None for a launch option, which every kernel has its own
@@ -64,7 +65,8 @@ _LAYER_NORM = "fastnorm.ops.layer_norm.triton"
 _WEIGHT_NORM = "fastnorm.ops.weight_norm.triton"
 _WARPS = Knob("num_warps", OPTIONS, (4, 8, 16))
 _PLANES = (
-    Knob("OWNER_TILES", _PLAN, (0, 2, 4, 8, 16)),  # 0: tickets; many: one owner of a channel
+    # many: one owner of a channel
+    Knob("OWNER_TILES", _PLAN, (0, 2, 4, 8, 16), words=((0, "ticket"),)),
     Knob("TILE_BYTES", _PLAN, (8192, 16384, 32768)),
     _WARPS,
     Knob("GROUP_BYTES", _PLAN, (512, 1024, 4096)),
@@ -99,8 +101,9 @@ KNOBS: dict[tuple[str, str], tuple[Knob, ...]] = {
         _WARPS,
     ),
     ("batch_norm", "cuda"): (
-        Knob("FORM", _BATCH_NORM_CUDA, (-1, 1, 2, 3, 4), words=_FORMS),  # -1: the closed rule
-        Knob("BATCHES", _BATCH_NORM_CUDA, (0, 1, 2, 4, 8)),  # of a tile; 0: the closed rule
+        # of a form and of a tile's batches; -1 and 0: the closed rule
+        Knob("FORM", _BATCH_NORM_CUDA, (-1, 1, 2, 3, 4), words=_FORMS, taken="form"),
+        Knob("BATCHES", _BATCH_NORM_CUDA, (0, 1, 2, 4, 8), taken="batches"),
     ),
     ("layer_norm", "cuda"): (
         Knob("LIMITS.forward", _LAYER_NORM_CUDA, (0, 512, 1024, 2048), FORWARD),
@@ -187,3 +190,23 @@ def applied(chosen: Iterable[Knob], changes: Changes) -> Iterator[None]:
             else:
                 stack.enter_context(_constant(knob, value))
         yield
+
+
+@contextlib.contextmanager
+def rules_choice(chosen: Iterable[Knob]) -> Iterator[dict[str, int]]:
+    """What the launchers' closed rules take for the knobs that are left to them, by the latest plan
+    that was made so far."""
+    found: dict[str, int] = {}
+    left = [knob for knob in chosen if knob.taken and knob.obstacle() is None]
+    with contextlib.ExitStack() as stack:
+        for name in dict.fromkeys(knob.module for knob in left):
+            module: Any = importlib.import_module(name)
+            stack.callback(setattr, module, "plan", module.plan)
+
+            def plan(*arguments: Any, _plan: Any = module.plan, **named: Any) -> Any:
+                made = _plan(*arguments, **named)
+                found.update((knob.name, getattr(made, knob.taken)) for knob in left)
+                return made
+
+            module.plan = plan
+        yield found
