@@ -30,7 +30,7 @@ def _widths(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[int]:
     return [max(len(name), *(len(row[i].text) for row in rows)) for i, name in enumerate(header)]
 
 
-def _aligned(header: Sequence[str], rows: Sequence[Sequence[Cell]], colour: bool) -> list[str]:
+def aligned(header: Sequence[str], rows: Sequence[Sequence[Cell]], colour: bool) -> list[str]:
     """Columns as wide as their widest cell; numbers to the right, words to the left."""
     widths = _widths(header, rows)
     left = [all(isinstance(row[i].order, str) for row in rows) for i in range(len(header))]
@@ -67,7 +67,7 @@ def _table(one: Table, colour: bool, width: int | None) -> list[str]:
     title = f"{BOLD}{one.title}{RESET}" if colour else one.title
     kept = _columns(one, width)
     rows = [[row[i] for i in kept] for row in one.rows]
-    lines = ["", f"{title}  ({one.unit})", *_aligned([one.header[i] for i in kept], rows, colour)]
+    lines = ["", f"{title}  ({one.unit})", *aligned([one.header[i] for i in kept], rows, colour)]
     hidden = [name for i, name in enumerate(one.header) if i not in kept]
     below = [f"too wide for this terminal, in report.md: {', '.join(hidden)}"] if hidden else []
     for note in (*below, *one.notes):
@@ -94,7 +94,7 @@ def terminal(run: Run, colour: bool = False, width: int | None = None) -> str:
         [*map(Cell, row[:3], row[:3]), *(Cell(text, 0.0) for text in row[3:])]
         for row in summary_rows(run.lines)
     ]
-    lines += ["", f"{BOLD}Summary{RESET}" if colour else "Summary", *_aligned(SUMMARY, rows, False)]
+    lines += ["", f"{BOLD}Summary{RESET}" if colour else "Summary", *aligned(SUMMARY, rows, False)]
     lines += ["", *wrapped(SUMMARY_LEGEND)]
     lost = worst(run)
     lines += [
