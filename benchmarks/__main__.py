@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", required=True)
     _add_run(commands)
     report.register(commands)
-    tune.register(commands, seconds)
+    tune.register(commands, seconds, several)
     training.register(commands, several)
     return made
 

@@ -1,31 +1,32 @@
-"""`python -m benchmarks tune`: the candidates of one op on one shape, timed against its floor, so
-that a closed rule can be read off the data. The library itself does not tune."""
+"""`python -m benchmarks tune`: the candidates of one op on one shape, or on every shape of a suite,
+timed against the floor, so that a closed rule can be read off the data. The library itself does not
+tune."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import datetime
-import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import fastnorm
-from benchmarks import runner, schema
-from benchmarks.candidates import AS_IT_IS, Changes, applied, candidates, knobs, label
+from benchmarks import runner, schema, suites
+from benchmarks.candidates import Changes, applied, candidates, knobs, label, rules_choice
 from benchmarks.command import INTERRUPTED
-from benchmarks.jobs import SLOW_S, Job
+from benchmarks.jobs import FAST_S, SLOW_S
 from benchmarks.measure import Bench, blank
 from benchmarks.ops import OPS
 from benchmarks.problems import DTYPES, TRAINING, Problem
 from benchmarks.providers import Ours
 from benchmarks.refused import Refused, device_of
-from benchmarks.schema import Environment, Row
+from benchmarks.schema import Row
+from benchmarks.tuned import RULE, shapes_table, table
 
 TUNING = Path(__file__).parent / "tuning"
 BACKENDS = ("cuda", "triton")
@@ -58,8 +59,11 @@ class TuneJob:
     backend: str
     changes: Changes
 
-    limit_s = SLOW_S
     rank = 0.0
+
+    @property
+    def limit_s(self) -> float:
+        return SLOW_S if self.backend == "triton" else FAST_S  # Triton compiles every candidate
 
     @property
     def provider_name(self) -> str:
@@ -79,13 +83,20 @@ class TuneJob:
         return self.provider.missing(device)
 
     def rows(self, bench: Bench) -> Iterator[Row]:
-        return bench.rows(self.problem, self.provider)
+        """The note says what the closed rule took where it was free to choose."""
+        turned = knobs(self.problem, self.backend)
+        with rules_choice(k for k in turned if k.name not in dict(self.changes)) as choice:
+            for row in bench.rows(self.problem, self.provider):
+                if row.ok and choice:
+                    taken = RULE + label(turned, tuple(choice.items()))
+                    row.note = "; ".join(filter(None, (row.note, taken)))
+                yield row
 
     def failed(self, note: str) -> Row:
         return blank(self.problem, self.problem.modes[0], self.provider_name, note, ok=False)
 
     def __str__(self) -> str:
-        return f"{self.problem.modes[0]}, {self.provider_name}"
+        return f"{self.problem}, {self.problem.modes[0]}, {self.provider_name}"
 
 
 def shape_of(given: str) -> tuple[int, ...]:
@@ -108,12 +119,46 @@ def problem_of(chosen: argparse.Namespace) -> Problem:
             raise Refused(
                 f"{chosen.op} has no {what} {value!r}: choose one of {', '.join(choices)}"
             )
-    problem = Problem(chosen.op, variant, chosen.shape, layout, chosen.dtype, tuple(chosen.mode))
+    dtype = chosen.dtype or "bfloat16"
+    problem = Problem(chosen.op, variant, chosen.shape, layout, dtype, tuple(chosen.mode))
     try:
         op.tensors(replace(problem, shape=tuple(min(n, 4) for n in problem.shape)), "cpu")
     except (IndexError, RuntimeError, ValueError) as error:
         raise Refused(f"{chosen.shape} is no shape of {chosen.op} in {layout}: {error}") from None
     return problem
+
+
+def problems_of(chosen: argparse.Namespace, device: str) -> list[Problem]:
+    """The problem that was asked for, or every one of the suites, in the modes that were asked for:
+    the important ones first, and those that differ from one before in the variant alone, or in
+    which half type it is, after all others. Refused if none is left."""
+    if chosen.shape:
+        found = [problem_of(chosen)]
+    else:
+        every = [p for p in suites.problems(chosen.suite, device) if p.op == chosen.op]
+        asked = {n: getattr(chosen, n) for n in ("variant", "layout", "dtype")}
+        found = [
+            replace(p, modes=tuple(chosen.mode), importance=0)
+            for p in every
+            if all(value in (None, getattr(p, name)) for name, value in asked.items())
+        ]
+        found = list(dict.fromkeys(found))  # a suite may have asked for one of the modes only
+        first: dict[tuple[object, ...], Problem] = {}
+        found.sort(key=lambda p: first.setdefault((p.shape, p.layout, p.itemsize), p) is not p)
+        if not found:
+            there = dict.fromkeys(f"{p.variant} {p.layout} {p.dtype}" for p in every)
+            raise Refused(
+                f"suite {', '.join(chosen.suite)} has no {chosen.op} of that kind on {device}; "
+                f"it has {', '.join(there) or 'none at all'}"
+            )
+    if device != "cpu":
+        return found
+    small = [problem for problem in found if problem.numel <= INTERPRETED]
+    if not small:
+        raise Refused(f"the interpreter takes shapes of up to {INTERPRETED} elements")
+    if len(small) < len(found):
+        print(f"left out, with more than {INTERPRETED} elements: {len(found) - len(small)} shapes")
+    return small
 
 
 def _backend(asked: str | None, device: str) -> str:
@@ -130,61 +175,47 @@ def _backend(asked: str | None, device: str) -> str:
     return name
 
 
-def _jobs(problem: Problem, backend: str) -> list[Job]:
-    """The candidates of every mode, those that change little first."""
-    chosen = knobs(problem, backend)
+def plan(problems: Sequence[Problem], backend: str, names: Sequence[str] | None) -> list[TuneJob]:
+    """The candidates of every problem and mode: each knob by itself (all of them, or those of these
+    names) before two together, so that a short budget sees every problem."""
+    op = problems[0].op
+    every = dict.fromkeys(knob for problem in problems for knob in knobs(problem, backend))
+    unknown = [name for name in names or () if name not in (knob.name for knob in every)]
+    if unknown:
+        there = ", ".join(knob.name for knob in every) or "none"
+        raise Refused(f"{op} on {backend} has no knob {', '.join(unknown)}: it has {there}")
+    chosen = [knob for knob in every if not names or knob.name in names]
     for knob in chosen:
         obstacle = knob.obstacle()
         if obstacle is not None:
             print(f"{knob.name} stays as it is: {obstacle}")
     if not any(knob.obstacle() is None for knob in chosen):
-        print(f"nothing of {problem.op} on {backend} can be turned: only what it does now is timed")
-    jobs: list[Job] = [
+        print(f"nothing of {op} on {backend} can be turned: only what it does now is timed")
+    jobs = [
         TuneJob(replace(problem, modes=(mode,)), backend, changes)
+        for problem in problems
         for mode in problem.modes
-        for changes in candidates(chosen, mode)
+        for changes in candidates([k for k in knobs(problem, backend) if k in chosen], mode)
     ]
-    return sorted(jobs, key=lambda job: len(job.changes) if isinstance(job, TuneJob) else 0)
+    return sorted(jobs, key=lambda job: max(1, len(job.changes)))
 
 
-def _name(problem: Problem, backend: str) -> str:
+def _name(what: str, backend: str) -> str:
     """A file name that no other measurement has."""
-    what = re.sub("[^a-z0-9_]+", "-", str(problem))
+    what = re.sub("[^a-z0-9_]+", "-", what)
     now = datetime.datetime.now(datetime.timezone.utc)
     return f"{what}-{backend}-{now:%Y%m%d-%H%M%S}.json"
-
-
-def table(rows: list[Row], environment: Environment) -> str:
-    """The candidates of each mode, the fastest first, beside the floor."""
-    lines = []
-    for mode in dict.fromkeys(row.mode for row in rows):
-        timed = [row for row in rows if row.mode == mode and row.ms_median is not None]
-        found = sorted(timed, key=lambda row: row.ms_median or math.inf)
-        before = next((row.ms_median for row in found if row.provider == AS_IT_IS), None)
-        lines.append(f"{mode} on {environment.device}")
-        lines.append(f"{'ms':>10} {'of the floor':>13} {'to as it is':>12}  candidate")
-        for row in found:
-            assert row.ms_median is not None
-            share = "" if row.floor_fraction is None else f"{row.floor_fraction:.1%}"
-            gain = "" if before is None else f"{before / row.ms_median:.3f}x"
-            lines.append(f"{row.ms_median:10.4f} {share:>13} {gain:>12}  {row.provider}")
-        lines += [
-            f"{'-':>10} {'':>13} {'':>12}  {row.provider}: {row.note}"
-            for row in rows
-            if row.mode == mode and row.ms_median is None
-        ]
-    return "\n".join(lines)
 
 
 def tune(chosen: argparse.Namespace) -> int:
     """Time the candidates; the exit status."""
     try:
-        problem = problem_of(chosen)
         device = device_of(chosen.device)
+        problems = problems_of(chosen, device)
         backend = _backend(chosen.backend, device)
-        if device == "cpu" and problem.numel > INTERPRETED:
-            raise Refused(f"the interpreter takes shapes of up to {INTERPRETED} elements")
-        out = chosen.out or TUNING / _name(problem, backend)
+        jobs = plan(problems, backend, chosen.knob)
+        what = str(problems[0]) if chosen.shape else f"{chosen.op} {' '.join(chosen.suite)}"
+        out = chosen.out or TUNING / _name(what, backend)
         if out.exists():
             raise Refused(f"{out} exists: a measurement is never overwritten; name another")
     except Refused as refusal:
@@ -196,28 +227,36 @@ def tune(chosen: argparse.Namespace) -> int:
         note += ", interpreted on a CPU: their times say nothing of a GPU"
         print(note)
     try:
-        left_out = runner.run(_jobs(problem, backend), device, budget, out, note)
+        left_out = runner.run(jobs, device, budget, out, note)
     except KeyboardInterrupt:
         print(f"interrupted: what was measured is in {out}", file=sys.stderr)
         return INTERRUPTED
     results = schema.load(out)
-    print(table(results.rows, results.environment))
+    shown = table if chosen.shape else shapes_table
+    print(shown(results.rows, results.environment))
     if left_out:
-        print(f"{len(left_out)} candidates had no time; --budget gives more")
+        print(f"{len(left_out)} of {len(jobs)} candidates had no time; --budget gives more")
     print(f"the data are in {out}")
     return 0
 
 
-def register(subparsers: Any, seconds: Any) -> None:
+def register(subparsers: Any, seconds: Any, several: Callable[[Sequence[str]], Any]) -> None:
     """Add `tune`; the parsed arguments' `run(arguments)` gives the exit status."""
-    made = subparsers.add_parser(
-        "tune", help="time the candidates of one op's launch parameters on one shape"
-    )
+    made = subparsers.add_parser("tune", help="time the candidates of one op's launch parameters")
     made.add_argument("--op", required=True, choices=tuple(OPS))
-    made.add_argument("--shape", required=True, type=shape_of, metavar="256x64x112x112")
-    made.add_argument("--variant", help="default: the op's first, its plain form")
-    made.add_argument("--layout", help="default: the op's first")
-    made.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES))
+    where = made.add_mutually_exclusive_group(required=True)
+    where.add_argument("--shape", type=shape_of, metavar="256x64x112x112")
+    where.add_argument(
+        "--suite", type=several(tuple(suites.SUITES)), metavar="NAME",
+        help=f"every shape of {', '.join(suites.SUITES)}, the important ones first",
+    )  # fmt: skip
+    made.add_argument("--knob", nargs="+", metavar="NAME", help="turn no other; default: all")
+    every = "default: of a shape the op's first, of a suite all"
+    made.add_argument("--variant", help=every)
+    made.add_argument("--layout", help=every)
+    made.add_argument(
+        "--dtype", choices=tuple(DTYPES), help="default: of a shape bfloat16, of a suite all"
+    )
     made.add_argument("--mode", nargs="+", default=list(TRAINING), choices=TRAINING)
     made.add_argument("--backend", choices=BACKENDS, help="default: the first that is here")
     made.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
