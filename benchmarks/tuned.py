@@ -113,7 +113,10 @@ def shapes_table(rows: list[Row], environment: Environment) -> str:
         )
     told = [f"candidates on {environment.device}", *aligned(header, body, colour=False), LEGEND]
     if any(found):
-        told.append(f"In parentheses what is predicted by {given['source']}.")
+        told.append(
+            f"In parentheses what is predicted by {given['source']}; against the model's own copy "
+            "of as many bytes, as the measured fractions are against a measured one."
+        )
     said = notes([replace(row, note=row.note.partition(RULE)[0].rstrip("; ")) for row in rows])
     return "\n".join([*told, *(f"  {note}" for note in said)])
 
