@@ -32,13 +32,16 @@ def _straight(family: str, backend: str, name: str, allocate: Callable[..., Any]
 
     def allocated(*inputs: Any) -> Any:
         outputs = allocate(*inputs)
-        given = outputs if type(outputs) is tuple else () if outputs is None else (outputs,)
+        if type(outputs) is tuple:
+            inputs += outputs
+        elif outputs is not None:
+            inputs += (outputs,)
         x = inputs[0] if type(inputs[0]) is not list else inputs[0][0]
         if x.is_cuda and x.get_device() != _current_device():  # type: ignore[misc]
             with torch.cuda.device(x.device):  # kernels launch on the current one
-                implementation(*inputs, *given)
+                implementation(*inputs)
         else:
-            _implementation(family, backend, name)(*inputs, *given)
+            _implementation(family, backend, name)(*inputs)
         return outputs
 
     return implementation if backend == "reference" else allocated

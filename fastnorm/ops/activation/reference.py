@@ -76,7 +76,7 @@ def activation_backward(x: Tensor, dy: Tensor, name: str) -> Tensor:
 
 def wide_dtype(x: Tensor) -> torch.dtype:
     """The type that x is computed in: fp32, fp64 for fp64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def wide(x: Tensor) -> Tensor:

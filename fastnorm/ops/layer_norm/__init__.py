@@ -38,9 +38,9 @@ def _forward_outputs(
     dtype: torch.dtype,
     want_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    rows = math.prod(x.shape[:-dims])
     # new_empty takes twice as long
-    statistics = torch.empty((2, rows), dtype=wide_dtype(x), device=x.device)
+    shape = (2, math.prod(x.shape[:-dims]))
+    statistics = torch.empty(shape, dtype=wide_dtype(x), device=x.device)
     return _row_major(x, dtype), statistics, _row_major(x, x.dtype) if want_sum else None
 
 
