@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastnorm
-from benchmarks import schema, suites, tune, tuned
+from benchmarks import measure, schema, suites, tune, tuned
 from benchmarks.__main__ import main, parser
 from benchmarks.candidates import KNOBS, rules_choice
 from benchmarks.measure import Bench, blank
@@ -120,7 +120,11 @@ def test_a_shape_or_a_suite(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_emulation
-def test_a_form_that_cannot_serve_says_why_and_stops_nothing() -> None:
+@pytest.mark.parametrize("spread", [-1.0, 1e9])  # a busy machine's rows have a note before ours
+def test_a_form_that_cannot_serve_says_why_and_stops_nothing(
+    spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "SPREAD", spread)
     few_channels = Problem("batch_norm", "plain", (32, 1, 32, 32), "nchw", "float32", ("forward",))
     bench, found = Bench("cpu"), {}
     for job in tune.plan([few_channels], "cuda", ["FORM"]):
@@ -130,10 +134,12 @@ def test_a_form_that_cannot_serve_says_why_and_stops_nothing() -> None:
     assert "too many blocks in cooperative launch" in hold.note
     assert list(found) == ["as it is", "FORM=1 (owner)", "FORM=3 (ticket)", "FORM=4 (stream)"]
     assert all(row.ok and row.floor_fraction for row in found.values())
-    assert found["as it is"].note.startswith("the rule takes FORM=")
-    assert found["FORM=3 (ticket)"].note == "the rule takes BATCHES=1"
+    noisy = f"{measure.SPREAD_COPY}; " if spread < 0 else ""
+    assert found["FORM=3 (ticket)"].note == f"{noisy}the rule takes BATCHES=1"
+    assert found["as it is"].note.startswith(f"{noisy}the rule takes FORM=")
     said = shapes_table([hold, *found.values()], GPU)
     assert "FORM=2 (hold): RuntimeError: fastnorm's CUDA backend: batch_norm_plan failed" in said
+    assert said.count("[") == 2  # the choice that is marked, and the legend
 
 
 @needs_emulation
