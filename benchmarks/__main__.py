@@ -1,5 +1,6 @@
 """``python -m benchmarks run`` measures, ``report`` shows it, ``compare`` tells two runs apart,
-``tune`` times the candidates of one op against each other, ``train`` compares whole trainings."""
+``tune`` times the candidates of one op against each other, ``probe`` asks the memory what the forms
+of batch norm depend on, ``train`` compares whole trainings."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command, report, suites, training, tune
+from benchmarks import command, probe, report, suites, training, tune
 from benchmarks.ops import OPS
 from benchmarks.problems import DTYPES
 from benchmarks.providers import PROVIDERS
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(commands)
     report.register(commands)
     tune.register(commands, seconds, several)
+    probe.register(commands, several, Flat)
     training.register(commands, several)
     return made
 

@@ -200,11 +200,10 @@ def plan(problems: Sequence[Problem], backend: str, names: Sequence[str] | None)
     return sorted(jobs, key=lambda job: max(1, len(job.changes)))
 
 
-def _name(what: str, backend: str) -> str:
-    """A file name that no other measurement has."""
-    what = re.sub("[^a-z0-9_]+", "-", what)
+def new_file(what: str) -> Path:
+    """In benchmarks/tuning/, under a name that no other measurement has."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    return f"{what}-{backend}-{now:%Y%m%d-%H%M%S}.json"
+    return TUNING / f"{re.sub('[^a-z0-9_]+', '-', what)}-{now:%Y%m%d-%H%M%S}.json"
 
 
 def tune(chosen: argparse.Namespace) -> int:
@@ -215,7 +214,7 @@ def tune(chosen: argparse.Namespace) -> int:
         backend = _backend(chosen.backend, device)
         jobs = plan(problems, backend, chosen.knob)
         what = str(problems[0]) if chosen.shape else f"{chosen.op} {' '.join(chosen.suite)}"
-        out = chosen.out or TUNING / _name(what, backend)
+        out = chosen.out or new_file(f"{what} {backend}")
         if out.exists():
             raise Refused(f"{out} exists: a measurement is never overwritten; name another")
     except Refused as refusal:
