@@ -24,7 +24,7 @@ from torch._C._functorch import (
     unwrap_if_dead,
 )
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 CHOICES = ("auto", "reference", "triton", "cuda")
@@ -287,11 +287,17 @@ def _for_torch_alone() -> bool:
     )
 
 
+def exporting() -> bool:
+    """Whether torch.export is at work: its flag, because under torch 2.11's Dynamo
+    torch.compiler.is_exporting() is true in every compilation."""
+    return torch.compiler._is_exporting_flag
+
+
 def transformed() -> bool:
     """Whether a call has to be made of torch's functions alone: torch.func, forward-mode AD and
     torch.jit.trace do not see through ours, and what torch.export writes has to run without us."""
     if is_compiling():
-        return _policy == "decompose" or is_exporting()
+        return _policy == "decompose" or exporting()
     return _for_torch_alone()
 
 

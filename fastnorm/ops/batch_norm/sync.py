@@ -193,7 +193,7 @@ def _check(
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     check_parameters(x, running_mean=running_mean, running_var=running_var, **more)
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    compiling = torch.compiler.is_compiling() and not dispatch.exporting()
     if dispatch.transformed() and not compiling:
         raise RuntimeError(
             "synchronised batch norm does not work under torch.func, forward-mode AD, "
