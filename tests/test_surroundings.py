@@ -93,7 +93,8 @@ def test_a_profile_names_our_ops(backend: str) -> None:
     if backend == "auto":
         pytest.skip('"auto" enters no op of ours on a CPU')
     layer, x = make_layer("silu"), make_input("silu")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, acc_events=True) as profile:
         layer(x).sum().backward()
     names = {event.key for event in profile.key_averages()}
     assert {"fastnorm::activation_forward", "fastnorm::activation_backward"} <= names
