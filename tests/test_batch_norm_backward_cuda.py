@@ -15,7 +15,7 @@ from fastnorm import layout
 from fastnorm.ops import batch_norm as family
 from fastnorm.ops import launch
 from fastnorm.ops.activation import NAMES
-from fastnorm.ops.batch_norm import sync
+from fastnorm.ops.batch_norm import mean_only, sync
 from tests.batch_norm_twins import _on_the_device  # noqa: F401  (a fixture of every test)
 from tests.compare import FLOOR, relative_error
 from tests.conftest import AVAILABLE
@@ -149,7 +149,7 @@ def test_every_activation(activation: str) -> None:
 @pytest.mark.parametrize("name", ["nchw", "nchw-7x7", "nhwc", "nc"])
 def test_mean_only(form: str, name: str) -> None:
     x = LAYOUTS[name]()
-    check(family._mean_only_backward, [given(x)[1], torch.ones(x.size(1))], True, [True, True])
+    check(mean_only._backward, [given(x)[1], torch.ones(x.size(1))], True, [True, True])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -168,7 +168,7 @@ def test_only_what_is_needed(training: bool, needs: tuple[bool, ...]) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_mean_only_needs(training: bool, needs: list[bool]) -> None:
     dy = torch.rand(3, 5, 30, 30) + 0.5
-    check(family._mean_only_backward, [dy, torch.ones(5)], training, needs)
+    check(mean_only._backward, [dy, torch.ones(5)], training, needs)
 
 
 @pytest.mark.parametrize("parameter", [3, 4])

@@ -15,7 +15,7 @@ from fastnorm import layout
 from fastnorm.ops import batch_norm as family
 from fastnorm.ops import launch
 from fastnorm.ops.activation import NAMES
-from fastnorm.ops.batch_norm import sync
+from fastnorm.ops.batch_norm import mean_only, sync
 from tests.batch_norm_twins import _on_the_device  # noqa: F401  (a fixture of every test)
 from tests.compare import FLOOR, relative_error
 from tests.conftest import AVAILABLE
@@ -123,7 +123,7 @@ def test_mean_only(form: str, name: str) -> None:  # noqa: F811
     C = x.size(1)
 
     def op(x: Tensor, bias: Tensor, mean: Tensor, _: None, count: Tensor) -> Any:
-        return family._mean_only_forward(x, bias, mean, count, True, 0.3)
+        return mean_only._forward(x, bias, mean, count, True, 0.3)
 
     tensors = [x, torch.linspace(-1, 1, C), torch.linspace(-2, 2, C), None, torch.tensor(3)]
     check(op, tensors, ())

@@ -11,7 +11,8 @@ from fastnorm import dispatch
 from fastnorm.modules.attributes import pair
 from fastnorm.modules.programs import Proxy, Scriptable, leaf
 from fastnorm.ops.activation import check_name
-from fastnorm.ops.batch_norm import by_way, mean_only_batch_norm
+from fastnorm.ops.batch_norm import by_way
+from fastnorm.ops.batch_norm.mean_only import mean_only_batch_norm
 
 
 def _statistics(module: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
