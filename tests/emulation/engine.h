@@ -8,7 +8,7 @@ struct Device {
     unsigned seed = 0;      // the schedule: 0 in order, 1 reversed, others random
     unsigned resident = 0;  // blocks in flight in a plain launch; 0: as many as fit the device
     int sms = 4, blocks_per_sm = 2;
-    bool dry = false;  // launches are looked at and not run
+    bool dry = false;                   // launches are looked at and not run
     size_t launches = 0, switches = 0;  // statistics
 };
 extern Device device;

@@ -79,7 +79,8 @@ using emulation::noted;
 extern "C" {
 
 __attribute__((visibility("default"))) void emulation_configure(unsigned seed, unsigned resident,
-                                                                int sms, int blocks_per_sm, bool dry) {
+                                                                int sms, int blocks_per_sm,
+                                                                bool dry) {
     device.seed = seed, device.resident = resident;
     device.sms = sms, device.blocks_per_sm = blocks_per_sm, device.dry = dry;
 }
