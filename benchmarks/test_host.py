@@ -45,6 +45,8 @@ def test_host_time(
 
 @pytest.fixture
 def stubbed() -> Iterator[None]:
+    if torch.cuda.is_available():
+        pytest.skip("needs the CUDA kernels compiled for a CPU, and this process has a GPU's")
     with host.launches_stubbed_out():
         yield
 

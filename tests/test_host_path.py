@@ -14,6 +14,8 @@ from torch import nn
 
 import fastnorm
 from benchmarks import host
+from fastnorm import dispatch, functional
+from fastnorm.ops.extension import extension
 
 # what a call must not ask for again: signatures, the environment, the device, modules
 ONCE = {
@@ -45,11 +47,16 @@ def calls_of(function: Callable[[], Any]) -> Counter[str]:
     return entered
 
 
+emulated = pytest.mark.skipif(
+    not dispatch.emulating(), reason="needs the CUDA kernels compiled for a CPU: g++, and no GPU"
+)
+
 # entered in the second call, forward with gradient; a check made twice, or a search by nn.Module
 # for each parameter, goes beyond
 MOST = {"batch_norm": 46, "layer_norm": 34, "activation": 25}
 
 
+@emulated
 @pytest.mark.parametrize("layer", host.LAYERS, ids=lambda layer: f"{layer.op}-{layer.variant}")
 def test_a_call_asks_for_nothing_twice(layer: host.Layer) -> None:
     with host.launches_stubbed_out():
@@ -85,3 +92,16 @@ def test_the_dispatcher_is_entered_where_somebody_listens() -> None:
         y = fastnorm.functional.silu(x.as_subclass(Subclass))
     assert isinstance(y, Subclass)
     torch.testing.assert_close(y.as_subclass(torch.Tensor), nn.functional.silu(x))
+
+
+@emulated
+def test_stubbed_out_launches_run_nothing_and_later_ones_do() -> None:
+    x = torch.randn(4, 8)
+    with host.launches_stubbed_out():
+        engine = extension().engine
+        before = engine.launches
+        functional.silu(x)
+        assert engine.launches == before
+    with fastnorm.backend("cuda"):
+        torch.testing.assert_close(functional.silu(x), nn.functional.silu(x))
+    assert engine.launches == before + 1
