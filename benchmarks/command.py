@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import report, runner, schema, suites
@@ -61,6 +62,21 @@ def _told(out: Path, left_out: list[Job], budget: float) -> None:
     print(f"{out}: {len(rows) - len(failed)} rows measured, {len(failed)} that say why not")
 
 
+def measured(
+    jobs: Sequence[Job], device: str, budget: float, out: Path, note: str
+) -> tuple[int, list[Job]]:
+    """runner.run for a command: its exit status, having said what stopped it, and the jobs that the
+    budget had no time for."""
+    try:
+        return 0, runner.run(jobs, device, budget, out, note)
+    except KeyboardInterrupt:
+        print(f"interrupted: what was measured is in {out}", file=sys.stderr)
+        return INTERRUPTED, []
+    except WorkerDied as death:
+        print(f"error: the process that measures could not start: {death}", file=sys.stderr)
+        return 1, []
+
+
 def run(chosen: argparse.Namespace) -> int:
     """Measure; the exit status."""
     try:
@@ -75,14 +91,9 @@ def run(chosen: argparse.Namespace) -> int:
     budget = chosen.budget or (CPU_BUDGET if device == "cpu" else GPU_BUDGET)
     if device == "cpu":
         print("on the CPU: fastnorm is torch's own functions here, and its kernels do not run")
-    try:
-        left_out = runner.run(jobs, device, budget, out, chosen.note)
-    except KeyboardInterrupt:
-        print(f"interrupted: what was measured is in {out}", file=sys.stderr)
-        return INTERRUPTED
-    except WorkerDied as death:
-        print(f"error: the process that measures could not start: {death}", file=sys.stderr)
-        return 1
+    status, left_out = measured(jobs, device, budget, out, chosen.note)
+    if status:
+        return status
     _told(out, left_out, budget)
     if chosen.plot:
         return report.report_files([out], out.with_name(f"{out.stem}-report"), None)

@@ -18,14 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import probe_dram, probe_jobs, probe_l2, runner, schema
-from benchmarks.command import INTERRUPTED
+from benchmarks import probe_dram, probe_jobs, probe_l2, schema
+from benchmarks.command import measured
 from benchmarks.probe_dram import DramJob
 from benchmarks.probe_jobs import Probe
 from benchmarks.refused import Refused, device_of
 from benchmarks.schema import Row
 from benchmarks.tune import new_file
-from benchmarks.worker import WorkerDied
 
 PROBES: dict[str, Callable[[str], Sequence[Probe | DramJob]]] = {
     "segments": probe_jobs.segments,
@@ -65,14 +64,9 @@ def probe(chosen: argparse.Namespace) -> int:
         note += "; interpreted on a CPU, on sizes of its own: the times say nothing of a GPU"
         print(note)
     jobs = [job for name in chosen.only for job in PROBES[name](device)]
-    try:
-        left_out = runner.run(jobs, device, BUDGET, out, note)
-    except KeyboardInterrupt:
-        print(f"interrupted: what was measured is in {out}", file=sys.stderr)
-        return INTERRUPTED
-    except WorkerDied as death:
-        print(f"error: the process that measures could not start: {death}", file=sys.stderr)
-        return 1
+    status, left_out = measured(jobs, device, BUDGET, out, note)
+    if status:
+        return status
     print(table(schema.load(out).rows, jobs))
     if left_out:
         print(f"{len(left_out)} had no time in {BUDGET:.0f} s: --only measures a part")

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import fastnorm
-from benchmarks import runner, schema, suites
+from benchmarks import schema, suites
 from benchmarks.candidates import Changes, applied, candidates, knobs, label, rules_choice
-from benchmarks.command import INTERRUPTED
+from benchmarks.command import measured
 from benchmarks.jobs import FAST_S, SLOW_S
 from benchmarks.measure import Bench, blank
 from benchmarks.ops import OPS
@@ -225,11 +225,9 @@ def tune(chosen: argparse.Namespace) -> int:
     if device == "cpu":
         note += ", interpreted on a CPU: their times say nothing of a GPU"
         print(note)
-    try:
-        left_out = runner.run(jobs, device, budget, out, note)
-    except KeyboardInterrupt:
-        print(f"interrupted: what was measured is in {out}", file=sys.stderr)
-        return INTERRUPTED
+    status, left_out = measured(jobs, device, budget, out, note)
+    if status:
+        return status
     results = schema.load(out)
     shown = table if chosen.shape else shapes_table
     print(shown(results.rows, results.environment))

@@ -21,6 +21,7 @@ from benchmarks.measure import blank
 from benchmarks.ops import Tensors
 from benchmarks.problems import Problem
 from benchmarks.schema import Row
+from tests.conftest import HAS_TRITON
 
 # the command line
 
@@ -189,14 +190,25 @@ def test_a_job_that_the_budget_cuts_off_is_left_out(
     assert [row.ok for row in schema.load(out).rows] == [True] * 3
 
 
+COMMANDS = {
+    "run": ["run"],
+    "tune": ["tune", "--op", "activation", "--shape", "64"],
+    "probe": ["probe", "--only", "segments"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_process_that_cannot_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if name == "tune" and not HAS_TRITON:
+        pytest.skip("what is tuned on a CPU are Triton's kernels")
+
     def start(*_: object) -> None:
         raise runner.WorkerDied("its process died: exit status 1")
 
     monkeypatch.setattr(runner, "Worker", start)
     out = tmp_path / "r.json"
-    assert main(["run", "--device", "cpu", "--out", str(out)]) == 1
+    assert main([*COMMANDS[name], "--device", "cpu", "--out", str(out)]) == 1
     assert "could not start: its process died: exit status 1" in capsys.readouterr().err
     assert not out.exists()
