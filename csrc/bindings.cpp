@@ -1,6 +1,5 @@
-// The module fastnorm._cuda: tensors (arguments.h), sizes, positions in ACTIVATIONS and the stream
-// come in; a CUDA error goes out as a RuntimeError.
-#include <cstdint>
+// The module fastnorm._cuda: tensors, dtypes, names of activations (arguments.h) and sizes come in;
+// a CUDA error goes out as a RuntimeError.
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -19,25 +18,23 @@ namespace {
 
 using fastnorm::Array;
 using fastnorm::Pointer;
+using fastnorm::Subject;
 
-using Address = std::uintptr_t;  // of a stream
-
-CUstream_st* at(Address stream) {
-    return reinterpret_cast<CUstream_st*>(stream);
+void check(const char* name, cudaError_t error) {
+    if (error == cudaSuccess) return;
+    throw std::runtime_error(std::string("fastnorm's CUDA backend: ") + name + " failed: " +
+                             cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
-// Runs a launcher without the interpreter's lock: a full launch queue blocks.
+// Runs a launcher on a stream without the interpreter's lock: a full launch queue blocks.
 template <class F>
-void run(const char* name, F launcher) {
+void run(const char* name, CUstream_st* stream, F launcher) {
     cudaError_t error;
     {
         py::gil_scoped_release unlocked;
-        error = launcher();
+        error = launcher(stream);
     }
-    if (error != cudaSuccess) {
-        throw std::runtime_error(std::string("fastnorm's CUDA backend: ") + name + " failed: " +
-                                 cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
-    }
+    check(name, error);
 }
 
 template <std::size_t N>
@@ -80,32 +77,30 @@ void* behind(Pointer statistics, long count, fastnorm::Dtype x) {
 
 void bind_activation(py::module_& m) {
     using namespace fastnorm;
-    m.def("activation_forward", [](Pointer y, Array x, long count, int activation, Address stream) {
-        const ActivationForward a = {y, x.data, count, Activation(activation)};
-        run("activation_forward", [&] { return activation_forward(a, x.dtype, at(stream)); });
+    m.def("activation_forward", [](Pointer y, Subject x, Activation activation) {
+        const ActivationForward a = {y, x.data, x.numel(), activation};
+        run("activation_forward", x.stream(),
+            [&](CUstream_st* stream) { return activation_forward(a, x.dtype, stream); });
     });
-    m.def("activation_backward", [](Pointer dx, Array x, Pointer dy, long count, int activation,
-                                    Address stream) {
-        const ActivationBackward a = {dx, x.data, dy, count, Activation(activation)};
-        run("activation_backward", [&] { return activation_backward(a, x.dtype, at(stream)); });
+    m.def("activation_backward", [](Pointer dx, Subject x, Pointer dy, Activation activation) {
+        const ActivationBackward a = {dx, x.data, dy, x.numel(), activation};
+        run("activation_backward", x.stream(),
+            [&](CUstream_st* stream) { return activation_backward(a, x.dtype, stream); });
     });
     py::class_<SwishSizes>(m, "SwishSizes").def_readonly("groups", &SwishSizes::groups);
-    m.def("swish_sizes", [](long outer, long channels, long inner, int dtype, int processors) {
-        return swish_sizes(outer, channels, inner, Dtype(dtype), processors);
+    m.def("swish_sizes", &swish_sizes);
+    m.def("swish_partials", &swish_partials);
+    m.def("swish_forward", [](Pointer y, Subject x, Array beta, const SwishSizes& sizes) {
+        const SwishForward a = {y, x.data, beta, sizes};
+        run("swish_forward", x.stream(),
+            [&](CUstream_st* stream) { return swish_forward(a, x.dtype, stream); });
     });
-    m.def("swish_partials",
-          [](const SwishSizes& sizes, int dtype) { return swish_partials(sizes, Dtype(dtype)); });
-    m.def("swish_forward",
-          [](Pointer y, Array x, Array beta, const SwishSizes& sizes, Address stream) {
-              const SwishForward a = {y, x.data, beta, sizes};
-              run("swish_forward", [&] { return swish_forward(a, x.dtype, at(stream)); });
-          });
-    m.def("swish_backward",
-          [](Pointer dx, Array dbeta, Array x, Pointer dy, Array beta, Pointer partials,
-             Pointer counters, const SwishSizes& sizes, Address stream) {
-              const SwishBackward a = {dx, dbeta, x.data, dy, beta, partials, counters, sizes};
-              run("swish_backward", [&] { return swish_backward(a, x.dtype, at(stream)); });
-          });
+    m.def("swish_backward", [](Pointer dx, Array dbeta, Subject x, Pointer dy, Array beta,
+                               Pointer partials, Pointer counters, const SwishSizes& sizes) {
+        const SwishBackward a = {dx, dbeta, x.data, dy, beta, partials, counters, sizes};
+        run("swish_backward", x.stream(),
+            [&](CUstream_st* stream) { return swish_backward(a, x.dtype, stream); });
+    });
 }
 
 // No momentum: the cumulative average, where batches are counted.
@@ -132,22 +127,21 @@ void bind_batch_norm(py::module_& m) {
     m.attr("BATCH_NORM_FORMS") = names({FASTNORM_BATCH_NORM_FORMS(FASTNORM_NAME)});
     m.def("batch_norm_plan",
           [](long N, long C, long S, long x_stride_n, long x_stride_c, long x_stride_s, bool y_last,
-             int dtype, int activation, bool backward, bool one_pass, int operands, int extras,
-             int form, int batches) {
+             Dtype dtype, Activation activation, bool backward, bool one_pass, int operands,
+             int extras, int form, int batches) {
               const BatchNormShape shape = {N, C, S, x_stride_n, x_stride_c, x_stride_s, y_last};
-              const BatchNormRequest request = {
-                  Dtype(dtype), Activation(activation), backward, one_pass, operands, extras, form,
-                  batches};
+              const BatchNormRequest request = {dtype,    activation, backward, one_pass,
+                                                operands, extras,     form,     batches};
               BatchNormPlan plan;
-              run("batch_norm_plan", [&] { return batch_norm_plan(shape, request, &plan); });
+              check("batch_norm_plan", batch_norm_plan(shape, request, &plan));
               return plan;
           });
     m.def(
         "batch_norm_forward",
         [](Pointer y, Pointer statistics, Array running_mean, Array running_var,
-           Pointer num_batches_tracked, std::optional<double> momentum, Array x, Pointer residual,
-           Array weight, Array bias, Pointer partials, Pointer counters, double eps, int activation,
-           bool batch_stats, bool center_only, const BatchNormPlan& plan, Address stream) {
+           Pointer num_batches_tracked, std::optional<double> momentum, Subject x, Pointer residual,
+           Array weight, Array bias, Pointer partials, Pointer counters, double eps,
+           Activation activation, bool batch_stats, bool center_only, const BatchNormPlan& plan) {
             const long C = plan.shape.C;
             const BatchNormForward a = {
                 y,
@@ -162,48 +156,51 @@ void bind_batch_norm(py::module_& m) {
                 partials,
                 counters,
                 eps,
-                Activation(activation),
+                activation,
                 batch_stats,
                 center_only,
                 plan};
-            run("batch_norm_forward", [&] { return batch_norm_forward(a, x.dtype, at(stream)); });
+            run("batch_norm_forward", x.stream(),
+                [&](CUstream_st* stream) { return batch_norm_forward(a, x.dtype, stream); });
         });
-    m.def("batch_norm_merge", [](Pointer mean, Pointer var, Pointer count, Array running_mean,
-                                 Array running_var, Pointer num_batches_tracked,
-                                 std::optional<double> momentum, Array gathered, Pointer counters,
-                                 long ranks, long C, Address stream) {
-        const BatchNormMerge a = {
-            mean,          var,
-            count,         running(running_mean, running_var, num_batches_tracked, momentum),
-            gathered.data, counters,
-            ranks,         C};
-        run("batch_norm_merge", [&] { return batch_norm_merge(a, gathered.dtype, at(stream)); });
-    });
-    m.def("batch_norm_backward", [](Pointer dx, Pointer dresidual, Array dweight, Array dbias,
-                                    Pointer x, Array dy, Pointer residual, Array weight, Array bias,
-                                    Pointer statistics, Pointer sums, Pointer count,
-                                    Pointer partials, Pointer counters, int activation,
-                                    bool center_only, const BatchNormPlan& plan, Address stream) {
-        const BatchNormBackward a = {dx,
-                                     dresidual,
-                                     dweight,
-                                     dbias,
-                                     x,
-                                     dy.data,
-                                     residual,
-                                     weight,
-                                     bias,
-                                     statistics,
-                                     behind(statistics, plan.shape.C, dy.dtype),
-                                     sums,
-                                     count,
-                                     partials,
-                                     counters,
-                                     Activation(activation),
-                                     center_only,
-                                     plan};
-        run("batch_norm_backward", [&] { return batch_norm_backward(a, dy.dtype, at(stream)); });
-    });
+    m.def("batch_norm_merge",
+          [](Pointer mean, Pointer var, Pointer count, Array running_mean, Array running_var,
+             Pointer num_batches_tracked, std::optional<double> momentum, Subject gathered,
+             Pointer counters, long ranks, long C) {
+              const BatchNormMerge a = {
+                  mean,          var,
+                  count,         running(running_mean, running_var, num_batches_tracked, momentum),
+                  gathered.data, counters,
+                  ranks,         C};
+              run("batch_norm_merge", gathered.stream(),
+                  [&](CUstream_st* stream) { return batch_norm_merge(a, gathered.dtype, stream); });
+          });
+    m.def("batch_norm_backward",
+          [](Pointer dx, Pointer dresidual, Array dweight, Array dbias, Pointer x, Subject dy,
+             Pointer residual, Array weight, Array bias, Pointer statistics, Pointer sums,
+             Pointer count, Pointer partials, Pointer counters, Activation activation,
+             bool center_only, const BatchNormPlan& plan) {
+              const BatchNormBackward a = {dx,
+                                           dresidual,
+                                           dweight,
+                                           dbias,
+                                           x,
+                                           dy.data,
+                                           residual,
+                                           weight,
+                                           bias,
+                                           statistics,
+                                           behind(statistics, plan.shape.C, dy.dtype),
+                                           sums,
+                                           count,
+                                           partials,
+                                           counters,
+                                           activation,
+                                           center_only,
+                                           plan};
+              run("batch_norm_backward", dy.stream(),
+                  [&](CUstream_st* stream) { return batch_norm_backward(a, dy.dtype, stream); });
+          });
 }
 
 // The layers of a weight norm, and what their launches need; made once for a model.
@@ -216,8 +213,8 @@ struct WeightNormPlan {
     // with a tensor for each layer in every list, and in `begin` where its part of `norm` begins
     template <class Launcher>
     void launch(const char* name, Launcher launcher, const Tensors& out, const Tensors& v,
-                const Tensors& dw, const Tensors& g, Array norm, const std::vector<long>& begin,
-                const Tensors& dg, Pointer partials, Pointer counters, Address stream) const {
+                const Tensors& dw, const Tensors& g, Subject norm, const std::vector<long>& begin,
+                const Tensors& dg, Pointer partials, Pointer counters) const {
         for (const Tensors* list : {&out, &v, &dw, &g, &dg})
             if (list->size() != sizes.size()) throw std::invalid_argument("one tensor per layer");
         if (begin.size() != sizes.size()) throw std::invalid_argument("one place per layer");
@@ -227,7 +224,7 @@ struct WeightNormPlan {
                          dg[i],  sizes[i]};
         const fastnorm::WeightNorm a = {layers.data(), int(layers.size()), partials, counters,
                                         processors};
-        run(name, [&] { return launcher(a, at(stream)); });
+        run(name, norm.stream(), [&](CUstream_st* stream) { return launcher(a, stream); });
     }
 };
 
@@ -236,12 +233,13 @@ void bind_weight_norm(py::module_& m) {
     using Plan = WeightNormPlan;
     using Tensors = Plan::Tensors;
     using Begin = std::vector<long>;
-    using Sizes = std::tuple<long, long, long, double, int, int, int>;  // as in WeightNormSizes
+    using Sizes =  // as in WeightNormSizes
+        std::tuple<long, long, long, double, fastnorm::Dtype, fastnorm::Dtype, fastnorm::Dtype>;
     py::class_<Plan>(m, "WeightNormPlan")
         .def(py::init([](const std::vector<Sizes>& layers, int processors) {
             Plan plan = {{}, processors, {}};
             for (const auto& [A, K, B, eps, w, v, g] : layers)
-                plan.sizes.push_back({A, K, B, eps, Dtype(w), Dtype(v), Dtype(g)});
+                plan.sizes.push_back({A, K, B, eps, w, v, g});
             plan.workspace =
                 weight_norm_workspace(plan.sizes.data(), int(plan.sizes.size()), processors);
             return plan;
@@ -250,18 +248,18 @@ void bind_weight_norm(py::module_& m) {
         .def_property_readonly("counters",
                                [](const Plan& plan) { return plan.workspace.counters; });
     m.def("weight_norm_forward",
-          [](const Plan& plan, const Tensors& w, const Tensors& v, const Tensors& g, Array norm,
-             const Begin& begin, Pointer partials, Pointer counters, Address stream) {
+          [](const Plan& plan, const Tensors& w, const Tensors& v, const Tensors& g, Subject norm,
+             const Begin& begin, Pointer partials, Pointer counters) {
               const Tensors none(v.size());
               plan.launch("weight_norm_forward", weight_norm_forward, w, v, none, g, norm, begin,
-                          none, partials, counters, stream);
+                          none, partials, counters);
           });
     m.def("weight_norm_backward",
           [](const Plan& plan, const Tensors& dv, const Tensors& dg, const Tensors& v,
-             const Tensors& g, Array norm, const Begin& begin, const Tensors& dw, Pointer partials,
-             Pointer counters, Address stream) {
+             const Tensors& g, Subject norm, const Begin& begin, const Tensors& dw,
+             Pointer partials, Pointer counters) {
               plan.launch("weight_norm_backward", weight_norm_backward, dv, v, dw, g, norm, begin,
-                          dg, partials, counters, stream);
+                          dg, partials, counters);
           });
 }
 
@@ -303,9 +301,9 @@ void bind_layer_norm(py::module_& m) {
         .def_readwrite("workers", &Plan::workers)
         .def_readwrite("parts", &Plan::parts);
     m.def("layer_norm_forward",
-          [](Array y, Pointer sum, Pointer statistics, Array x, Pointer residual, Array weight,
-             Array bias, Pointer partials, Pointer counters, double eps, int activation,
-             const View& view, const Plan& plan, Address stream) {
+          [](Array y, Pointer sum, Pointer statistics, Subject x, Pointer residual, Array weight,
+             Array bias, Pointer partials, Pointer counters, double eps, Activation activation,
+             const View& view, const Plan& plan) {
               const LayerNormForward a = {y,
                                           sum,
                                           statistics,
@@ -320,37 +318,39 @@ void bind_layer_norm(py::module_& m) {
                                           view.rows,
                                           view.batch_rows,
                                           view.cols,
-                                          Activation(activation),
+                                          activation,
                                           plan};
-              run("layer_norm_forward", [&] { return layer_norm_forward(a, x.dtype, at(stream)); });
+              run("layer_norm_forward", x.stream(),
+                  [&](CUstream_st* stream) { return layer_norm_forward(a, x.dtype, stream); });
           });
-    m.def("layer_norm_backward",
-          [](Pointer dx, Array dweight, Array dbias, Array x, Array dy, Pointer dsum, Array weight,
-             Array bias, Pointer statistics, Pointer parts, Pointer partials, Pointer totals,
-             Pointer counters, int activation, const View& view, const Plan& plan, Address stream) {
-              const LayerNormBackward a = {dx,
-                                           dweight,
-                                           dbias,
-                                           View::of(x.data, view.x),
-                                           View::of(dy.data, view.other),
-                                           dy.dtype,
-                                           dsum,
-                                           weight,
-                                           bias,
-                                           statistics,
-                                           behind(statistics, view.rows, x.dtype),
-                                           parts,
-                                           partials,
-                                           totals,
-                                           counters,
-                                           view.rows,
-                                           view.batch_rows,
-                                           view.cols,
-                                           Activation(activation),
-                                           plan};
-              run("layer_norm_backward",
-                  [&] { return layer_norm_backward(a, x.dtype, at(stream)); });
-          });
+    m.def(
+        "layer_norm_backward",
+        [](Pointer dx, Array dweight, Array dbias, Subject x, Array dy, Pointer dsum, Array weight,
+           Array bias, Pointer statistics, Pointer parts, Pointer partials, Pointer totals,
+           Pointer counters, Activation activation, const View& view, const Plan& plan) {
+            const LayerNormBackward a = {dx,
+                                         dweight,
+                                         dbias,
+                                         View::of(x.data, view.x),
+                                         View::of(dy.data, view.other),
+                                         dy.dtype,
+                                         dsum,
+                                         weight,
+                                         bias,
+                                         statistics,
+                                         behind(statistics, view.rows, x.dtype),
+                                         parts,
+                                         partials,
+                                         totals,
+                                         counters,
+                                         view.rows,
+                                         view.batch_rows,
+                                         view.cols,
+                                         activation,
+                                         plan};
+            run("layer_norm_backward", x.stream(),
+                [&](CUstream_st* stream) { return layer_norm_backward(a, x.dtype, stream); });
+        });
 }
 
 }  // namespace
@@ -358,8 +358,6 @@ void bind_layer_norm(py::module_& m) {
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "fastnorm's CUDA C++ kernels; called by fastnorm/ops/<family>/cuda.py alone.";
     fastnorm::arguments::prepare();
-    m.attr("DTYPES") = names(fastnorm::kDtypes);
-    m.attr("ACTIVATIONS") = names(fastnorm::kActivations);
     m.def("unavailable", &unavailable, "Why no kernel can run here; None where they can.");
     bind_activation(m);
     bind_batch_norm(m);

@@ -253,6 +253,7 @@ cudaError_t allow_shared(void (*kernel)(Parameters), size_t shared_bytes) {
 template <class Parameters>
 cudaError_t launch(void (*kernel)(Parameters), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, const Parameters& parameters) {
+    if (grid.x == 0) return cudaSuccess;  // no elements
     FASTNORM_TRY(allow_shared(kernel, shared_bytes));
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;

@@ -5,7 +5,7 @@
 
 namespace fastnorm {
 
-// The one list of dtypes: Python reads it as fastnorm._cuda.DTYPES and passes a position in it.
+// The one list of dtypes, by torch's names.
 #define FASTNORM_DTYPES(X) X(float32) X(bfloat16) X(float16) X(float64)
 
 enum class Dtype : int {
@@ -20,8 +20,8 @@ struct Array {
     Dtype dtype;
 };
 
-// The one list of activations of this language (activation.cuh has their formulas): Python reads it
-// as fastnorm._cuda.ACTIVATIONS and passes a position in it.
+// The one list of activations of this language, by Python's names; activation.cuh has their
+// formulas.
 // clang-format off
 #define FASTNORM_ACTIVATIONS(X) \
     X(identity) X(relu) X(relu6) X(leaky_relu) X(elu) X(selu) X(gelu) X(gelu_tanh) \

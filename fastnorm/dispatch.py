@@ -302,6 +302,18 @@ def transformed() -> bool:
 
 
 DISPATCHER = "dispatcher"  # the way of a call through torch's dispatcher
+# the ways to a backend whose kernels launch on the current device, for tensors that are not on it
+ELSEWHERE = {name: f"{name} elsewhere" for name in ("triton", "cuda")}
+AT_HOME = {way: name for name, way in ELSEWHERE.items()}
+
+_current_device = getattr(torch._C, "_cuda_getDevice", None)  # absent in a build for the CPU
+
+
+def _placed(backend: str, x: Tensor) -> str:
+    """The way to a backend that serves x."""
+    if x.is_cuda and x.get_device() != _current_device():  # type: ignore[misc]
+        return ELSEWHERE.get(backend, backend)
+    return backend
 
 
 def watched(x: Tensor, *others: Tensor | None) -> bool:
@@ -324,7 +336,7 @@ def watched(x: Tensor, *others: Tensor | None) -> bool:
 def way(family: str, x: Tensor, *others: Tensor | None, elements: int | None = None) -> str | None:
     """How a call is made, decided before any Function or op of ours is entered: by torch's own
     function (None), by our op through torch's dispatcher (DISPATCHER), or straight by the backend
-    of that name, where the dispatcher would add nothing but time.
+    of that name (ELSEWHERE's name for it), where the dispatcher would add nothing but time.
 
     ``others``: all tensors beside x. ``elements``: of all that one launch serves, where x is not
     the only one.
@@ -345,7 +357,7 @@ def way(family: str, x: Tensor, *others: Tensor | None, elements: int | None = N
         return None if _escaped(x) else DISPATCHER
     if backend is None and not _serves(_forced, x.is_cuda, x.is_cpu):
         return DISPATCHER  # which says so, after the family's checks
-    return backend or _forced
+    return _placed(backend or _forced, x)
 
 
 def _escaped(x: Tensor) -> bool:
@@ -355,7 +367,12 @@ def _escaped(x: Tensor) -> bool:
 
 def way_to_op(family: str, x: Tensor, *others: Tensor | None) -> str:
     """The way of a call that torch has no function for."""
-    return DISPATCHER if is_compiling() or watched(x, *others) else select(family, x)
+    return DISPATCHER if is_compiling() or watched(x, *others) else way_to_backend(family, x)
+
+
+def way_to_backend(family: str, x: Tensor) -> str:
+    """The way of a call that torch's dispatcher has nothing to do with any more."""
+    return _placed(select(family, x), x)
 
 
 def batched(dy: Tensor) -> bool:

@@ -51,13 +51,13 @@ def rule(
 ) -> tuple[str, int]:
     """The form that the rule chooses on a device of 132 multiprocessors, and the blocks of a
     group."""
-    from fastnorm.ops.extension import dtype_code, extension
+    from fastnorm.ops.extension import extension
 
     extension().engine.configure(sms=132, blocks_per_sm=3)
     _, C, S = shape
     strides = (S * C, 1, C) if last else (C * S, S, 1)
     p = extension().batch_norm_plan(
-        *shape, *strides, last, dtype_code(dtype), 0, operands > 1, False, operands, 0, -1, 0
+        *shape, *strides, last, dtype, "identity", operands > 1, False, operands, 0, -1, 0
     )
     return extension().BATCH_NORM_FORMS[p.form], p.members
 

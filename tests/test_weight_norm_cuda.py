@@ -193,19 +193,21 @@ def test_mixed_dtypes_of_v_and_g(device):
 
 
 def test_a_list_of_another_length_is_refused():
-    plan = extension().WeightNormPlan([(1, 2, 3, 0.0, 0, 0, 0)], 2)
+    plan = extension().WeightNormPlan([(1, 2, 3, 0.0, *[torch.float32] * 3)], 2)
     x = torch.ones(1)
     with pytest.raises(ValueError, match="one tensor per layer"):
-        extension().weight_norm_forward(plan, [], [x], [x], x, [0], None, None, 0)
+        extension().weight_norm_forward(plan, [], [x], [x], x, [0], None, None)
     with pytest.raises(ValueError, match="one place per layer"):
-        extension().weight_norm_forward(plan, [x], [x], [x], x, [], None, None, 0)
+        extension().weight_norm_forward(plan, [x], [x], [x], x, [], None, None)
 
 
 def test_workspace_for_any_mixture_of_aligned_and_misaligned_layers():
     more_if_misaligned, more_if_aligned = (2704, 28, 6), (986, 40, 9)
 
     def plan(*sizes):
-        return extension().WeightNormPlan([(*size, 0.0, 0, 0, 0) for size in sizes], 16)
+        return extension().WeightNormPlan(
+            [(*size, 0.0, *[torch.float32] * 3) for size in sizes], 16
+        )
 
     both = plan(more_if_misaligned, more_if_aligned)
     each = [plan(size) for size in (more_if_misaligned, more_if_aligned)]

@@ -6,11 +6,11 @@ import contextlib
 import functools
 import struct
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from fastnorm.ops.extension import stream
 
 # The interpreter runs programs one after the other, about 5 ms each: a device of two processors
 # keeps grids small.
@@ -23,6 +23,21 @@ def processors(device: int) -> int:
     if device < 0:
         return INTERPRETER_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def fills(outputs: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., Any]]:
+    """Make an op's function of one that fills ``outputs(*inputs)``, given behind the inputs."""
+
+    def returning(fill: Callable[..., None]) -> Callable[..., Any]:
+        @functools.wraps(fill)
+        def op(*inputs: Any) -> Any:
+            found = outputs(*inputs)
+            fill(*inputs, *(found if isinstance(found, tuple) else (found,)))
+            return found
+
+        return op
+
+    return returning
 
 
 _arenas: dict[tuple[int, int], Tensor] = {}
@@ -54,9 +69,12 @@ def counters(x: Tensor, size: int) -> Tensor:
     One arena per device and stream: launches on one stream follow each other, so they can share it.
     While a CUDA graph is captured the counters are a zeroed tensor of that graph.
     """
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.int32, device=x.device)
-    key = (x.get_device(), stream(x))
+    stream = 0
+    if x.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(size, dtype=torch.int32, device=x.device)
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+    key = (x.get_device(), stream)
     arena = _arenas.get(key)
     if arena is None or arena.numel() < size:
         if arena is not None:

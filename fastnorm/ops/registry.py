@@ -15,36 +15,39 @@ from fastnorm import dispatch
 LIBRARY = torch.library.Library("fastnorm", "DEF")
 
 
-@functools.cache
-def _implementation(family: str, backend: str, name: str) -> Callable[..., Any]:
-    # imported at the first call: `import fastnorm` must touch neither triton nor the extension
-    return getattr(importlib.import_module(f"fastnorm.ops.{family}.{backend}"), name)  # type: ignore[no-any-return]
+class _Ways(dict[str, Callable[..., Any]]):
+    """The implementations of an op by the way to them. A backend's is imported when it is first
+    asked for: `import fastnorm` must touch neither triton nor the extension."""
 
+    def __init__(self, family: str, name: str, overload: Any) -> None:
+        super().__init__({dispatch.DISPATCHER: overload})
+        self.family, self.name = family, name
 
-_current_device = getattr(torch._C, "_cuda_getDevice", None)  # absent in a build for the CPU
-
-
-def _straight(family: str, backend: str, name: str, allocate: Callable[..., Any]) -> Any:
-    """The op on one backend, without torch's dispatcher."""
-
-    def implementation(*inputs: Any) -> Any:
-        return _implementation(family, backend, name)(*inputs)
-
-    def allocated(*inputs: Any) -> Any:
-        outputs = allocate(*inputs)
-        if type(outputs) is tuple:
-            inputs += outputs
-        elif outputs is not None:
-            inputs += (outputs,)
-        x = inputs[0] if type(inputs[0]) is not list else inputs[0][0]
-        if x.is_cuda and x.get_device() != _current_device():  # type: ignore[misc]
-            with torch.cuda.device(x.device):  # kernels launch on the current one
-                implementation(*inputs)
+    def __missing__(self, way: str) -> Callable[..., Any]:
+        backend = dispatch.AT_HOME.get(way)
+        if backend is not None:
+            self[way] = _elsewhere(self[backend])
         else:
-            _implementation(family, backend, name)(*inputs)
-        return outputs
+            self[way] = getattr(
+                importlib.import_module(f"fastnorm.ops.{self.family}.{way}"), self.name
+            )
+        return self[way]
 
-    return implementation if backend == "reference" else allocated
+
+def _first(inputs: tuple[Any, ...]) -> Tensor:
+    """The tensor whose device decides: the first input, or the first of a list that is that."""
+    x: Tensor = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
+    return x
+
+
+def _elsewhere(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """For tensors that are not on the current device, on which kernels launch."""
+
+    def on_their_device(*inputs: Any) -> Any:
+        with torch.cuda.device(_first(inputs).device):
+            return implementation(*inputs)
+
+    return on_their_device
 
 
 class Op:
@@ -53,9 +56,9 @@ class Op:
     ``op.by[way](*inputs)`` goes the way that dispatch.way has found; ``op(*inputs)`` finds it.
     """
 
-    def __init__(self, family: str, overload: Any, by: dict[str, Callable[..., Any]]) -> None:
+    def __init__(self, family: str, name: str, overload: Any) -> None:
         self.family = family
-        self.by = by
+        self.by = _Ways(family, name, overload)
         self.tensors = sum("Tensor" in str(a.type) for a in overload._schema.arguments)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -70,31 +73,24 @@ class Op:
         return dispatch.way_to_op(self.family, *tensors)
 
 
-def register(family: str, name: str, schema: str, allocate: Callable[..., Any]) -> Op:
+def register(family: str, name: str, schema: str, outputs: Callable[..., Any]) -> Op:
     """Define ``torch.ops.fastnorm.<name>``.
 
-    ``allocate(*inputs)`` returns the outputs (a tensor, a tuple of tensors and Nones, or None for
-    an op in place) that ``fastnorm/ops/<family>/
-    <backend>.py``'s function ``<name>(*inputs, *outputs)`` fills; it is the fake implementation as
-    well, so fake and real cannot disagree. The reference backend alone is called as
-    ``<name>(*inputs)`` and returns ATen's own tensors. The first input is the tensor whose device
-    decides, or a list of tensors of one device; tensors come before everything else.
+    ``fastnorm/ops/<family>/<backend>.py`` has a function ``<name>(*inputs)`` that returns what the
+    op does. ``outputs(*inputs)`` allocates that (a tensor, a tuple of tensors and Nones, or None
+    for an op in place) and leaves it empty: it is the fake implementation, and the backends whose
+    kernels are ours begin with it, so fake and real cannot disagree. The first input is the tensor
+    whose device decides, or a list of tensors of one device; tensors come before everything else.
     """
-    by = {
-        backend: _straight(family, backend, name, allocate)
-        for backend in dispatch.CHOICES
-        if backend != "auto"
-    }
 
     def run(*inputs: Any) -> Any:
-        x = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
-        return by[dispatch.select(family, x)](*inputs)
+        return op.by[dispatch.way_to_backend(family, _first(inputs))](*inputs)
 
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastnorm::{name}", allocate, lib=LIBRARY)
-    overload = getattr(torch.ops.fastnorm, name).default
-    return Op(family, overload, {dispatch.DISPATCHER: overload, **by})
+    torch.library.register_fake(f"fastnorm::{name}", outputs, lib=LIBRARY)
+    op = Op(family, name, getattr(torch.ops.fastnorm, name).default)
+    return op
 
 
 @functools.cache

@@ -36,11 +36,11 @@ def _check_dtype(x: Tensor, function: str) -> None:
 # the outputs, and what an op of this family looks like to torch
 
 
-def _forward_outputs(x: Tensor, name: str) -> Tensor:
+def forward_outputs(x: Tensor, name: str) -> Tensor:
     return torch.empty_like(x)
 
 
-def _backward_outputs(x: Tensor, dy: Tensor, name: str) -> Tensor:
+def backward_outputs(x: Tensor, dy: Tensor, name: str) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -48,24 +48,24 @@ def _inplace_outputs(x: Tensor, y: Tensor, name: str) -> None:
     return None
 
 
-def _swish_backward_outputs(
+def swish_backward_outputs(
     x: Tensor, dy: Tensor, beta: Tensor, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     return torch.empty_like(x) if needs[0] else None, torch.empty_like(beta) if needs[1] else None
 
 
-def _swish_forward_outputs(x: Tensor, beta: Tensor) -> Tensor:
+def swish_forward_outputs(x: Tensor, beta: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
 _forward = register(
-    "activation", "activation_forward", "(Tensor x, str name) -> Tensor", _forward_outputs
+    "activation", "activation_forward", "(Tensor x, str name) -> Tensor", forward_outputs
 )
 _backward = register(
     "activation",
     "activation_backward",
     "(Tensor x, Tensor dy, str name) -> Tensor",
-    _backward_outputs,
+    backward_outputs,
 )
 _forward_ = register(
     "activation",
@@ -74,13 +74,13 @@ _forward_ = register(
     _inplace_outputs,
 )
 _swish_forward = register(
-    "activation", "swish_forward", "(Tensor x, Tensor beta) -> Tensor", _swish_forward_outputs
+    "activation", "swish_forward", "(Tensor x, Tensor beta) -> Tensor", swish_forward_outputs
 )
 _swish_backward = register(
     "activation",
     "swish_backward",
     "(Tensor x, Tensor dy, Tensor beta, bool[2] needs) -> (Tensor?, Tensor?)",
-    _swish_backward_outputs,
+    swish_backward_outputs,
 )
 
 

@@ -11,6 +11,12 @@ from torch import Tensor
 
 from fastnorm import layout
 from fastnorm.ops import launch
+from fastnorm.ops.activation import (
+    backward_outputs,
+    forward_outputs,
+    swish_backward_outputs,
+    swish_forward_outputs,
+)
 from fastnorm.ops.activation.triton_elementwise import backward_kernel, forward_kernel
 from fastnorm.ops.activation.triton_swish import swish_backward_kernel, swish_forward_kernel
 from fastnorm.ops.activation.triton_values import ACTIVATIONS
@@ -27,16 +33,20 @@ def _elementwise(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
     return grid, {"WIDE": wide, "BLOCK": block, "num_warps": 4, "enable_fp_fusion": True}
 
 
-def activation_forward(x: Tensor, name: str, y: Tensor) -> None:
+def _forward(x: Tensor, name: str, y: Tensor) -> None:
     if x.numel() > 0:
         grid, constants = _elementwise(x)
         forward_kernel[grid](y, x, x.numel(), VALUE=ACTIVATIONS[name][0], **constants)
 
 
+activation_forward = launch.fills(forward_outputs)(_forward)
+
+
 def activation_forward_(x: Tensor, y: Tensor, name: str) -> None:
-    layout.overwrite(y, x, lambda x, y: activation_forward(x, name, y))
+    layout.overwrite(y, x, lambda x, y: _forward(x, name, y))
 
 
+@launch.fills(backward_outputs)
 def activation_backward(x: Tensor, dy: Tensor, name: str, dx: Tensor) -> None:
     if x.numel() > 0:
         grid, constants = _elementwise(x)
@@ -48,6 +58,7 @@ def _as_planes(x: Tensor, beta: Tensor) -> Tensor:
     return x if beta.numel() > 1 else x.as_strided((1, 1, x.numel()), (x.numel(), x.numel(), 1))
 
 
+@launch.fills(swish_forward_outputs)
 def swish_forward(x: Tensor, beta: Tensor, y: Tensor) -> None:
     if x.numel() == 0:
         return
@@ -57,6 +68,7 @@ def swish_forward(x: Tensor, beta: Tensor, y: Tensor) -> None:
     )
 
 
+@launch.fills(swish_backward_outputs)
 def swish_backward(
     x: Tensor, dy: Tensor, beta: Tensor, needs: list[bool], dx: Tensor | None, dbeta: Tensor | None
 ) -> None:

@@ -20,13 +20,13 @@ Gradients = tuple[Tensor | None, ...]
 # mean and 1 / sqrt(variance + eps) of every channel
 
 
-def _forward_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    # new_empty takes twice as long
-    statistics = torch.empty((2, x.shape[1]), dtype=wide_dtype(x), device=x.device)
+def forward_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    C = x.size(1)  # empty and new_empty take twice as long
+    statistics = torch.empty_strided((2, C), (C, 1), dtype=wide_dtype(x), device=x.device)
     return layout.planes_like(x), statistics
 
 
-def _backward_outputs(
+def backward_outputs(
     x: Tensor,
     dy: Tensor,
     residual: Tensor | None,
@@ -52,7 +52,7 @@ _forward = register(
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? num_batches_tracked, bool batch_stats, float? momentum, float eps, str activation)"
     " -> (Tensor, Tensor)",
-    _forward_outputs,
+    forward_outputs,
 )
 _backward = register(
     "batch_norm",
@@ -60,7 +60,7 @@ _backward = register(
     "(Tensor x, Tensor dy, Tensor? residual, Tensor? weight, Tensor? bias, "
     "Tensor statistics, bool batch_stats, str activation, bool[4] needs)"
     " -> (Tensor?, Tensor?, Tensor?, Tensor?)",
-    _backward_outputs,
+    backward_outputs,
 )
 
 

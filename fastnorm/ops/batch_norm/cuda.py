@@ -11,7 +11,8 @@ from torch import Tensor
 from fastnorm import layout
 from fastnorm.ops import launch
 from fastnorm.ops.activation.reference import wide_dtype
-from fastnorm.ops.extension import activation_code, dtype_code, extension, stream
+from fastnorm.ops.batch_norm import backward_outputs, forward_outputs, mean_only, sync
+from fastnorm.ops.extension import extension
 
 # a form (a position in the extension's BATCH_NORM_FORMS) and a tile's number of batches, for tests:
 # the closed rule of csrc/batch_norm_plan.cu chooses where they are -1 and 0
@@ -44,7 +45,7 @@ def _plan(
     assert out is not None
     y_last = out.size(1) > 1 and out.stride(1) == 1
     return extension().batch_norm_plan(
-        *view.shape, *view.stride(), y_last, dtype_code(dtype), activation_code(activation), *rest
+        *view.shape, *view.stride(), y_last, dtype, activation, *rest
     )
 
 
@@ -69,11 +70,11 @@ def workspace(x: Tensor, p: Any) -> Tensor | None:
     return torch.empty(p.partials, dtype=wide_dtype(x), device=x.device) if p.partials else None
 
 
-def batch_norm_forward(
+def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
     batch_stats: bool, momentum: float | None, eps: float, activation: str,
-    y: Tensor, statistics: Tensor | None, center_only: bool = False,
+    y: Tensor, statistics: Tensor | None, center_only: bool,
 ) -> None:  # fmt: skip
     # [C] without gaps, of slices and expansions too
     weight = None if weight is None else weight.contiguous()
@@ -90,17 +91,31 @@ def batch_norm_forward(
     extension().batch_norm_forward(
         y, statistics, moved_mean, moved_var, num_batches_tracked, momentum,
         x, residual, weight, bias, partials, counters, eps,
-        activation_code(activation), batch_stats, center_only, p, stream(x),
+        activation, batch_stats, center_only, p,
     )  # fmt: skip
     if batch_stats and not (moved_mean is running_mean and moved_var is running_var):
         _put_back((running_mean, running_var), (moved_mean, moved_var))
 
 
+def batch_norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
+    batch_stats: bool, momentum: float | None, eps: float, activation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y, statistics = forward_outputs(x)
+    _forward(
+        x, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+        batch_stats, momentum, eps, activation, y, statistics, False,
+    )  # fmt: skip
+    return y, statistics
+
+
+@launch.fills(mean_only.forward_outputs)
 def mean_only_batch_norm_forward(
     x: Tensor, bias: Tensor | None, running_mean: Tensor | None, num_batches_tracked: Tensor | None,
     batch_stats: bool, momentum: float | None, y: Tensor,
 ) -> None:  # fmt: skip
-    batch_norm_forward(
+    _forward(
         x, None, None, bias, running_mean, None, num_batches_tracked,
         batch_stats, momentum, 0.0, "identity",
         y, None, center_only=True,
@@ -126,10 +141,11 @@ def _backward(
     extension().batch_norm_backward(
         dx, dresidual, dweight, dbias, None if center_only else x, dy, residual,
         _compact(weight), _compact(bias), statistics, sums, count, partials, counters,
-        activation_code(activation), center_only, p, stream(x),
+        activation, center_only, p,
     )  # fmt: skip
 
 
+@launch.fills(backward_outputs)
 def batch_norm_backward(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor, batch_stats: bool, activation: str, needs: list[bool],
@@ -141,6 +157,7 @@ def batch_norm_backward(
     )  # fmt: skip
 
 
+@launch.fills(mean_only.backward_outputs)
 def mean_only_batch_norm_backward(
     dy: Tensor,
     bias: Tensor | None,
@@ -155,6 +172,7 @@ def mean_only_batch_norm_backward(
     )  # fmt: skip
 
 
+@launch.fills(sync.reduce_outputs)
 def batch_norm_reduce(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor, activation: str,
@@ -167,6 +185,7 @@ def batch_norm_reduce(
     )  # fmt: skip
 
 
+@launch.fills(sync.apply_outputs)
 def batch_norm_apply(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor, sums: Tensor, count: Tensor, activation: str, needs_dresidual: bool,
@@ -178,16 +197,18 @@ def batch_norm_apply(
     )  # fmt: skip
 
 
+@launch.fills(sync.statistics_outputs)
 def batch_norm_statistics(x: Tensor, statistics: Tensor) -> None:
     p = plan(x, x, "identity", False, True, 1, 0)
     partials = workspace(x, p)
     counters = launch.counters(x, p.counters) if p.ordered else None
     extension().batch_norm_forward(
         None, statistics, None, None, None, None, x, None, None, None, partials, counters, 0.0,
-        activation_code("identity"), True, False, p, stream(x),
+        "identity", True, False, p,
     )  # fmt: skip
 
 
+@launch.fills(sync.merge_outputs)
 def batch_norm_merge(
     gathered: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
     num_batches_tracked: Tensor | None, momentum: float | None,
@@ -197,6 +218,6 @@ def batch_norm_merge(
     counters = None if num_batches_tracked is None else launch.counters(gathered, 2)
     extension().batch_norm_merge(
         mean, var, count, moved_mean, moved_var, num_batches_tracked, momentum,
-        gathered, counters, gathered.size(0), mean.numel(), stream(gathered),
+        gathered, counters, gathered.size(0), mean.numel(),
     )  # fmt: skip
     _put_back((running_mean, running_var), (moved_mean, moved_var))

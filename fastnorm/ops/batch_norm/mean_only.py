@@ -19,11 +19,11 @@ from fastnorm.ops.batch_norm import (
 from fastnorm.ops.registry import applied, by_formula, register
 
 
-def _forward_outputs(x: Tensor, *_: Any) -> Tensor:
+def forward_outputs(x: Tensor, *_: Any) -> Tensor:
     return layout.planes_like(x)
 
 
-def _backward_outputs(
+def backward_outputs(
     dy: Tensor, bias: Tensor | None, batch_stats: bool, needs: list[bool]
 ) -> Gradients:
     return (
@@ -38,13 +38,13 @@ _forward = register(
     "(Tensor x, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? num_batches_tracked, "
     "bool batch_stats, "
     "float? momentum) -> Tensor",
-    _forward_outputs,
+    forward_outputs,
 )
 _backward = register(
     "batch_norm",
     "mean_only_batch_norm_backward",
     "(Tensor dy, Tensor? bias, bool batch_stats, bool[2] needs) -> (Tensor?, Tensor?)",
-    _backward_outputs,
+    backward_outputs,
 )
 
 

@@ -13,8 +13,8 @@ from fastnorm.ops.activation.reference import wide, wide_dtype
 from fastnorm.ops.batch_norm import (
     Gradients,
     _backward,
-    _backward_outputs,
     _forward,
+    backward_outputs,
     batch_norm,
     check_parameters,
     check_residual,
@@ -26,28 +26,28 @@ from fastnorm.ops.registry import differentiable_backward, register
 # the outputs, and what an op of synchronisation looks like to torch
 
 
-def _statistics_output(x: Tensor) -> Tensor:
+def statistics_outputs(x: Tensor) -> Tensor:
     return x.new_empty(2 * x.size(1) + 1, dtype=wide_dtype(x))
 
 
-def _merge_outputs(gathered: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def merge_outputs(gathered: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     mean = gathered.new_empty(gathered.size(1) // 2)
     return mean, torch.empty_like(mean), gathered.new_empty(())
 
 
-def _reduce_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def reduce_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     sums = x.new_empty(x.size(1), dtype=wide_dtype(x))
     return sums, torch.empty_like(sums)
 
 
-def _apply_outputs(x: Tensor, *rest: Any) -> Gradients:
+def apply_outputs(x: Tensor, *rest: Any) -> Gradients:
     needs_dresidual = rest[-1]
     return layout.planes_like(x), layout.planes_like(x) if needs_dresidual else None
 
 
 # x [N, C, ...] -> statistics [2 * C + 1], wide: mean, sum of squared deviations from it, count
 _statistics = register(
-    "batch_norm", "batch_norm_statistics", "(Tensor x) -> Tensor", _statistics_output
+    "batch_norm", "batch_norm_statistics", "(Tensor x) -> Tensor", statistics_outputs
 )
 # gathered [ranks, 2 * C + 1] -> mean [C], biased variance [C], count []; all of gathered's dtype.
 # Moves the running statistics (not from fewer than two values) and counts the batch.
@@ -56,7 +56,7 @@ _merge = register(
     "batch_norm_merge",
     "(Tensor gathered, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? num_batches_tracked, float? momentum) -> (Tensor, Tensor, Tensor)",
-    _merge_outputs,
+    merge_outputs,
 )
 # -> sum dz [C], sum dz * x_hat [C], wide: this process's gradients of bias and weight
 _reduce = register(
@@ -64,7 +64,7 @@ _reduce = register(
     "batch_norm_reduce",
     "(Tensor x, Tensor dy, Tensor? residual, Tensor? weight, Tensor? bias, "
     "Tensor statistics, str activation) -> (Tensor, Tensor)",
-    _reduce_outputs,
+    reduce_outputs,
 )
 # sums [2 * C]: both sums over all processes; count []: values per channel there -> dx, dresidual
 _apply = register(
@@ -73,7 +73,7 @@ _apply = register(
     "(Tensor x, Tensor dy, Tensor? residual, Tensor? weight, Tensor? bias, "
     "Tensor statistics, Tensor sums, Tensor count, str activation, bool needs_dresidual) "
     "-> (Tensor, Tensor?)",
-    _apply_outputs,
+    apply_outputs,
 )
 
 
@@ -110,7 +110,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         group: str,
     ) -> Tensor:
         empty = x.numel() == 0  # such a process still has to take part in the collectives
-        local = _statistics_output(x).zero_() if empty else _statistics(x)
+        local = statistics_outputs(x).zero_() if empty else _statistics(x)
         gathered = collectives.communicate("all_gather_into_tensor", local, ranks, group)
         mean, var, count = _merge(
             gathered.view(ranks, -1), running_mean, running_var, num_batches_tracked, momentum
@@ -162,7 +162,7 @@ def _gradients(
     if x.numel() == 0:
         if needs_dx:
             collectives.communicate("all_reduce", statistics.new_zeros(2 * x.size(1)), "sum", group)
-        outputs = _backward_outputs(*given, False, activation, needs)
+        outputs = backward_outputs(*given, False, activation, needs)
         return tuple(None if t is None else t.zero_() for t in outputs)
     if not needs_dx:
         none: Gradients = (None,) * 4

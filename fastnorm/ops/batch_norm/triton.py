@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastnorm.ops import launch
 from fastnorm.ops.activation.triton_values import ACTIVATIONS
+from fastnorm.ops.batch_norm import backward_outputs, forward_outputs, mean_only, sync
 from fastnorm.ops.batch_norm.plan import plan
 from fastnorm.ops.batch_norm.triton_backward import (
     backward_owner_kernel,
@@ -83,6 +84,7 @@ def _forward(
     _put_back(buffers, (running_mean, running_var))
 
 
+@launch.fills(forward_outputs)
 def batch_norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
@@ -96,6 +98,7 @@ def batch_norm_forward(
     )  # fmt: skip
 
 
+@launch.fills(mean_only.forward_outputs)
 def mean_only_batch_norm_forward(
     x: Tensor, bias: Tensor | None, running_mean: Tensor | None, num_batches_tracked: Tensor | None,
     batch_stats: bool, momentum: float | None, y: Tensor,
@@ -156,6 +159,7 @@ def _backward(
         )  # fmt: skip
 
 
+@launch.fills(backward_outputs)
 def batch_norm_backward(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor, batch_stats: bool, activation: str, needs: list[bool],
@@ -168,6 +172,7 @@ def batch_norm_backward(
     )  # fmt: skip
 
 
+@launch.fills(mean_only.backward_outputs)
 def mean_only_batch_norm_backward(
     dy: Tensor,
     bias: Tensor | None,
@@ -193,6 +198,7 @@ def mean_only_batch_norm_backward(
     )
 
 
+@launch.fills(sync.statistics_outputs)
 def batch_norm_statistics(x: Tensor, statistics: Tensor) -> None:
     p = plan(x, x, operands=1)
     statistics_kernel[(p.groups * p.tiles,)](
@@ -201,6 +207,7 @@ def batch_norm_statistics(x: Tensor, statistics: Tensor) -> None:
     )  # fmt: skip
 
 
+@launch.fills(sync.merge_outputs)
 def batch_norm_merge(
     gathered: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
     num_batches_tracked: Tensor | None, momentum: float | None,
@@ -220,6 +227,7 @@ def batch_norm_merge(
     _put_back(buffers, (running_mean, running_var))
 
 
+@launch.fills(sync.reduce_outputs)
 def batch_norm_reduce(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor, activation: str,
@@ -232,6 +240,7 @@ def batch_norm_reduce(
     )  # fmt: skip
 
 
+@launch.fills(sync.apply_outputs)
 def batch_norm_apply(
     x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor, sums: Tensor, count: Tensor, activation: str, needs_dresidual: bool,

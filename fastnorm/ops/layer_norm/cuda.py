@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastnorm.ops import launch
 from fastnorm.ops.activation.reference import wide_dtype
-from fastnorm.ops.extension import activation_code, extension, stream
+from fastnorm.ops.extension import extension
+from fastnorm.ops.layer_norm import backward_outputs, forward_outputs
 from fastnorm.ops.layer_norm.views import dense, in_place, rows_adjacent
 
 
@@ -245,14 +246,13 @@ def layer_norm_forward(
     activation: str,
     dtype: torch.dtype,
     want_sum: bool,
-    y: Tensor,  # [..., *shape]
-    statistics: Tensor,  # [2, M]
-    total: Tensor | None,  # [..., *shape]
-) -> None:
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    outputs = forward_outputs(x, residual, weight, bias, dims, eps, activation, dtype, want_sum)
+    y, statistics, total = outputs
     if x.numel() == 0:
         statistics[0].zero_()
         statistics[1].fill_(math.nan)
-        return
+        return outputs
     layouts: tuple[Any, ...] = (x.stride(), x.dtype)
     if residual is not None:
         layouts += (residual.stride(), residual.dtype)
@@ -268,10 +268,12 @@ def layer_norm_forward(
     bias = None if bias is None else bias.contiguous()
     extension().layer_norm_forward(
         y, total, statistics, x, residual, weight, bias, partials, counters, eps,
-        activation_code(activation), cut.view, plan, stream(x),
+        activation, cut.view, plan,
     )  # fmt: skip
+    return outputs
 
 
+@launch.fills(backward_outputs)
 def layer_norm_backward(
     x: Tensor,  # [..., *shape]
     dy: Tensor,  # [..., *shape]
@@ -314,5 +316,5 @@ def layer_norm_backward(
     dsum = None if dsum is None else dsum.contiguous()
     extension().layer_norm_backward(
         dx, dweight, dbias, x, dy, dsum, dense(weight), dense(bias), statistics,
-        parts, partials, totals, counters, activation_code(activation), cut.view, plan, stream(x),
+        parts, partials, totals, counters, activation, cut.view, plan,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastnorm import layout
 from fastnorm.ops import launch
 from fastnorm.ops.activation.triton_values import ACTIVATIONS
+from fastnorm.ops.layer_norm import backward_outputs, forward_outputs
 from fastnorm.ops.layer_norm.triton_backward import (
     backward_kernel,
     finalize_kernel,
@@ -99,6 +100,7 @@ def _tile(N: int, thread: int, transposed: bool, warps: int) -> dict[str, int]:
     }
 
 
+@launch.fills(forward_outputs)
 def layer_norm_forward(
     x: Tensor,  # [..., *shape]
     residual: Tensor | None,  # [..., *shape]
@@ -176,6 +178,7 @@ def _forward_long(
     )  # fmt: skip
 
 
+@launch.fills(backward_outputs)
 def layer_norm_backward(
     x: Tensor,  # [..., *shape]
     dy: Tensor,  # [..., *shape]

@@ -58,7 +58,7 @@ def check(v: Tensor, g: Tensor, dim: int | None) -> None:
 # the outputs, and what an op of this family looks like to torch
 
 
-def _forward_outputs(
+def forward_outputs(
     v: Tensor, g: Tensor, dim: int | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     dtype = reference.promoted(v, g)
@@ -68,7 +68,7 @@ def _forward_outputs(
     )
 
 
-def _backward_outputs(
+def backward_outputs(
     v: Tensor,
     g: Tensor,
     norm: Tensor,
@@ -88,14 +88,14 @@ _forward = register(
     "weight_norm",
     "weight_norm_forward",
     "(Tensor v, Tensor g, int? dim, float? eps) -> (Tensor, Tensor)",
-    _forward_outputs,
+    forward_outputs,
 )
 _backward = register(
     "weight_norm",
     "weight_norm_backward",
     "(Tensor v, Tensor g, Tensor norm, Tensor dw, int? dim, float? eps, bool[2] needs)"
     " -> (Tensor?, Tensor?)",
-    _backward_outputs,
+    backward_outputs,
 )
 
 

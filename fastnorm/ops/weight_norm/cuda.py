@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastnorm.ops import launch
-from fastnorm.ops.extension import dtype_code, extension, stream
+from fastnorm.ops.extension import extension
+from fastnorm.ops.weight_norm import backward_outputs, forward_outputs, group
 from fastnorm.ops.weight_norm.reference import WHOLE, canonical, promoted
 
 # of a layer: v's shape, dim (WHOLE: one norm of all), eps (0: none), the dtypes of w, v and g
@@ -20,10 +21,7 @@ Layer = tuple[torch.Size, int, float, torch.dtype, torch.dtype, torch.dtype]
 @functools.lru_cache(maxsize=4096)
 def _plan(layers: tuple[Layer, ...], processors: int) -> Any:
     """The extension's plan for these layers."""
-    sizes = [
-        (*canonical(shape, dim), eps, *(dtype_code(dtype) for dtype in dtypes))
-        for shape, dim, eps, *dtypes in layers
-    ]
+    sizes = [(*canonical(shape, dim), eps, *dtypes) for shape, dim, eps, *dtypes in layers]
     return extension().WeightNormPlan(sizes, processors)
 
 
@@ -48,7 +46,7 @@ def _all(outputs: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
     return [next(found) if needed else None for needed in needs]
 
 
-def weight_norm_group_forward(
+def _forward(
     v: list[Tensor],
     g: list[Tensor],
     dim: list[int],
@@ -58,10 +56,10 @@ def weight_norm_group_forward(
 ) -> None:
     plan, partials, counters = _plan_of(v, g, dim, eps)
     begin = list(itertools.accumulate((x.numel() for x in g[:-1]), initial=0))
-    extension().weight_norm_forward(plan, w, v, g, norm, begin, partials, counters, stream(v[0]))
+    extension().weight_norm_forward(plan, w, v, g, norm, begin, partials, counters)
 
 
-def weight_norm_group_backward(
+def _backward(
     v: list[Tensor],
     g: list[Tensor],
     norm: Tensor,
@@ -77,16 +75,17 @@ def weight_norm_group_backward(
     plan, partials, counters = _plan_of(v, g, dim, eps)
     extension().weight_norm_backward(
         plan, _all(dv, needs_v), _all(dg, needs_g), v, g, norm, begin, dw, partials, counters,
-        stream(v[0]),
     )  # fmt: skip
 
 
+@launch.fills(forward_outputs)
 def weight_norm_forward(
     v: Tensor, g: Tensor, dim: int | None, eps: float | None, w: Tensor, norm: Tensor
 ) -> None:
-    weight_norm_group_forward([v], [g], [WHOLE if dim is None else dim], [eps or 0.0], [w], norm)
+    _forward([v], [g], [WHOLE if dim is None else dim], [eps or 0.0], [w], norm)
 
 
+@launch.fills(backward_outputs)
 def weight_norm_backward(
     v: Tensor,
     g: Tensor,
@@ -98,7 +97,7 @@ def weight_norm_backward(
     dv: Tensor | None,
     dg: Tensor | None,
 ) -> None:
-    weight_norm_group_backward(
+    _backward(
         [v],
         [g],
         norm,
@@ -111,3 +110,7 @@ def weight_norm_backward(
         [] if dv is None else [dv],
         [] if dg is None else [dg],
     )
+
+
+weight_norm_group_forward = launch.fills(group.forward_outputs)(_forward)
+weight_norm_group_backward = launch.fills(group.backward_outputs)(_backward)

@@ -17,7 +17,7 @@ from fastnorm.ops.weight_norm import check, normalized_dim, reference, weight_no
 # the outputs, and what the ops look like to torch
 
 
-def _forward_outputs(
+def forward_outputs(
     v: list[Tensor], g: list[Tensor], dim: list[int], eps: list[float]
 ) -> tuple[list[Tensor], Tensor]:
     dtypes = [reference.promoted(v, g) for v, g in zip(v, g, strict=True)]
@@ -29,7 +29,7 @@ def _forward_outputs(
     return w, v[0].new_empty(sum(x.numel() for x in g), dtype=reference.wide(dtypes[0]))
 
 
-def _backward_outputs(
+def backward_outputs(
     v: list[Tensor],
     g: list[Tensor],
     norm: Tensor,
@@ -51,14 +51,14 @@ _forward = register(
     "weight_norm",
     "weight_norm_group_forward",
     "(Tensor[] v, Tensor[] g, int[] dim, float[] eps) -> (Tensor[], Tensor)",
-    _forward_outputs,
+    forward_outputs,
 )
 _backward = register(
     "weight_norm",
     "weight_norm_group_backward",
     "(Tensor[] v, Tensor[] g, Tensor norm, Tensor[] dw, int[] begin, int[] dim, float[] eps,"
     " bool[] needs_v, bool[] needs_g) -> (Tensor[], Tensor[])",
-    _backward_outputs,
+    backward_outputs,
 )
 
 

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from fastnorm.ops import launch
+from fastnorm.ops.weight_norm import backward_outputs, forward_outputs, group
 from fastnorm.ops.weight_norm.reference import alone, canonical, norm_of
 from fastnorm.ops.weight_norm.triton_columns import columns_backward_kernel, columns_forward_kernel
 from fastnorm.ops.weight_norm.triton_common import APPLY, BOTH, LONG, ONE, SEVERAL, SUM
@@ -147,13 +148,13 @@ def _launch(
         )
 
 
-def weight_norm_forward(
+def _forward(
     v: Tensor, g: Tensor, dim: int | None, eps: float | None, w: Tensor, norm: Tensor
 ) -> None:
     _launch(True, v, norm, dim, eps, [[w, norm], [v, g]])
 
 
-def weight_norm_backward(
+def _backward(
     v: Tensor,
     g: Tensor,
     norm: Tensor,
@@ -169,9 +170,14 @@ def weight_norm_backward(
     )
 
 
+weight_norm_forward = launch.fills(forward_outputs)(_forward)
+weight_norm_backward = launch.fills(backward_outputs)(_backward)
+
+
 # of many layers: the launches of each, one after the other
 
 
+@launch.fills(group.forward_outputs)
 def weight_norm_group_forward(
     v: list[Tensor],
     g: list[Tensor],
@@ -182,10 +188,11 @@ def weight_norm_group_forward(
 ) -> None:
     begin = 0
     for i, x in enumerate(g):
-        weight_norm_forward(v[i], x, *alone(dim[i], eps[i]), w[i], norm_of(norm, begin, x))
+        _forward(v[i], x, *alone(dim[i], eps[i]), w[i], norm_of(norm, begin, x))
         begin += x.numel()
 
 
+@launch.fills(group.backward_outputs)
 def weight_norm_group_backward(
     v: list[Tensor],
     g: list[Tensor],
@@ -201,7 +208,7 @@ def weight_norm_group_backward(
 ) -> None:
     every_dv, every_dg = iter(dv), iter(dg)
     for i, needs in enumerate(zip(needs_v, needs_g, strict=True)):
-        weight_norm_backward(
+        _backward(
             v[i],
             g[i],
             norm_of(norm, begin[i], g[i]),
