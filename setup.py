@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 OBJECTS = Path("build", "objects")
-ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # and PTX of the newest, for those to come
+ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # and PTX, for those to come
 OLDEST_NVCC = (12, 0)
 
 

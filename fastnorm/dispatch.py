@@ -27,7 +27,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-CHOICES = ("auto", "reference", "triton", "cuda")
+BACKENDS = ("reference", "triton", "cuda")
+CHOICES = ("auto", *BACKENDS)
 POLICIES = ("opaque", "decompose")
 
 
@@ -304,24 +305,16 @@ def transformed() -> bool:
 DISPATCHER = "dispatcher"  # the way of a call through torch's dispatcher
 # the ways to a backend whose kernels launch on the current device, for tensors that are not on it
 ELSEWHERE = {name: f"{name} elsewhere" for name in ("triton", "cuda")}
-AT_HOME = {way: name for name, way in ELSEWHERE.items()}
 
 _current_device = getattr(torch._C, "_cuda_getDevice", None)  # absent in a build for the CPU
 
 
-def _placed(backend: str, x: Tensor) -> str:
-    """The way to a backend that serves x."""
-    if x.is_cuda and x.get_device() != _current_device():  # type: ignore[misc]
-        return ELSEWHERE.get(backend, backend)
-    return backend
-
-
-def watched(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether torch's dispatcher, given these, would do more than come back to us: for a mode, a
-    profiler, the shape of an output that is never computed; for a tensor that is more than its
-    data, as a subclass, what torch.func has left of a tensor, or a view that negates.
+def _watched(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
+    """Whether torch's dispatcher, given these, would do more than come back to us: for a mode or a
+    profiler; for a tensor that is more than its data, as a subclass, what torch.func has left of a
+    tensor, or a view that negates.
     """
-    if _len_torch_dispatch_stack() > 0 or _profiler_enabled() or x.is_meta:
+    if _len_torch_dispatch_stack() > 0 or _profiler_enabled():
         return True
     for t in (x, *others):
         if t is not None:
@@ -333,6 +326,19 @@ def watched(x: Tensor, *others: Tensor | None) -> bool:
     return False
 
 
+@functools.cache
+def _served(forced: str, family: str, is_cuda: bool, is_cpu: bool) -> tuple[str | None, int]:
+    """The way of tensors on such a device that are no more than their data, and from how many
+    elements they take it."""
+    if forced == "auto":
+        backend = _preferred(family) if is_cuda else None
+        return backend, 0 if backend is None else RULES[family].from_elements[backend]
+    # elsewhere nothing is computed, or the backend does not serve: which the dispatcher says, after
+    # the family's checks
+    straight = (is_cuda or is_cpu) and _serves(forced, is_cuda, is_cpu)
+    return forced if straight else DISPATCHER, 0
+
+
 def way(family: str, x: Tensor, *others: Tensor | None, elements: int | None = None) -> str | None:
     """How a call is made, decided before any Function or op of ours is entered: by torch's own
     function (None), by our op through torch's dispatcher (DISPATCHER), or straight by the backend
@@ -341,23 +347,24 @@ def way(family: str, x: Tensor, *others: Tensor | None, elements: int | None = N
     ``others``: all tensors beside x. ``elements``: of all that one launch serves, where x is not
     the only one.
     """
-    backend = None
-    if _forced == "auto":
-        backend = _preferred(family) if x.is_cuda else None
-        if backend is None:
-            return None
     if is_compiling():  # a size would become a guard: one compiled graph serves every batch size
-        return None if transformed() else DISPATCHER
-    if _for_torch_alone() or (
-        backend is not None
-        and (x.numel() if elements is None else elements) < RULES[family].from_elements[backend]
+        ours = _forced != "auto" or (x.is_cuda and _preferred(family) is not None)
+        return DISPATCHER if ours and not transformed() else None
+    on_cuda = x.is_cuda
+    found, least = _served(_forced, family, on_cuda, x.is_cpu)
+    if found is None or (least and (x.numel() if elements is None else elements) < least):
+        return None
+    if (
+        _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
     ):
         return None
-    if watched(x, *others):
+    if _watched(x, others):
         return None if _escaped(x) else DISPATCHER
-    if backend is None and not _serves(_forced, x.is_cuda, x.is_cpu):
-        return DISPATCHER  # which says so, after the family's checks
-    return _placed(backend or _forced, x)
+    if on_cuda and x.get_device() != _current_device():  # type: ignore[misc]
+        return ELSEWHERE.get(found, found)
+    return found
 
 
 def _escaped(x: Tensor) -> bool:
@@ -367,12 +374,17 @@ def _escaped(x: Tensor) -> bool:
 
 def way_to_op(family: str, x: Tensor, *others: Tensor | None) -> str:
     """The way of a call that torch has no function for."""
-    return DISPATCHER if is_compiling() or watched(x, *others) else way_to_backend(family, x)
+    if is_compiling() or x.is_meta or _watched(x, others):
+        return DISPATCHER
+    return way_to_backend(family, x)
 
 
 def way_to_backend(family: str, x: Tensor) -> str:
     """The way of a call that torch's dispatcher has nothing to do with any more."""
-    return _placed(select(family, x), x)
+    backend = select(family, x)
+    if x.is_cuda and x.get_device() != _current_device():  # type: ignore[misc]
+        return ELSEWHERE.get(backend, backend)
+    return backend
 
 
 def batched(dy: Tensor) -> bool:

@@ -15,39 +15,32 @@ from fastnorm import dispatch
 LIBRARY = torch.library.Library("fastnorm", "DEF")
 
 
-class _Ways(dict[str, Callable[..., Any]]):
-    """The implementations of an op by the way to them. A backend's is imported when it is first
-    asked for: `import fastnorm` must touch neither triton nor the extension."""
-
-    def __init__(self, family: str, name: str, overload: Any) -> None:
-        super().__init__({dispatch.DISPATCHER: overload})
-        self.family, self.name = family, name
-
-    def __missing__(self, way: str) -> Callable[..., Any]:
-        backend = dispatch.AT_HOME.get(way)
-        if backend is not None:
-            self[way] = _elsewhere(self[backend])
-        else:
-            self[way] = getattr(
-                importlib.import_module(f"fastnorm.ops.{self.family}.{way}"), self.name
-            )
-        return self[way]
-
-
 def _first(inputs: tuple[Any, ...]) -> Tensor:
     """The tensor whose device decides: the first input, or the first of a list that is that."""
     x: Tensor = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
     return x
 
 
-def _elsewhere(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """For tensors that are not on the current device, on which kernels launch."""
+def _ways(family: str, name: str, overload: Any) -> dict[str, Callable[..., Any]]:
+    """The implementations of an op by the way to them: every way from the beginning, because a
+    graph of torch.compile is compiled again when a dict that it looked at has grown."""
+    by: dict[str, Callable[..., Any]] = {dispatch.DISPATCHER: overload}
 
-    def on_their_device(*inputs: Any) -> Any:
-        with torch.cuda.device(_first(inputs).device):
-            return implementation(*inputs)
+    def at_first(backend: str, *inputs: Any) -> Any:
+        # `import fastnorm` must touch neither triton nor the extension
+        module = importlib.import_module(f"fastnorm.ops.{family}.{backend}")
+        by[backend] = getattr(module, name)
+        return by[backend](*inputs)
 
-    return on_their_device
+    def on_their_device(backend: str, *inputs: Any) -> Any:
+        with torch.cuda.device(_first(inputs).device):  # kernels launch on the current one
+            return by[backend](*inputs)
+
+    for backend in dispatch.BACKENDS:
+        by[backend] = functools.partial(at_first, backend)
+    for backend, elsewhere in dispatch.ELSEWHERE.items():
+        by[elsewhere] = functools.partial(on_their_device, backend)
+    return by
 
 
 class Op:
@@ -58,7 +51,7 @@ class Op:
 
     def __init__(self, family: str, name: str, overload: Any) -> None:
         self.family = family
-        self.by = _Ways(family, name, overload)
+        self.by = _ways(family, name, overload)
         self.tensors = sum("Tensor" in str(a.type) for a in overload._schema.arguments)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -93,18 +86,13 @@ def register(family: str, name: str, schema: str, outputs: Callable[..., Any]) -
     return op
 
 
-@functools.cache
-def _without_torch_func(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """function.apply without what it does at every call for torch.func, whose tensors never go
-    straight to a backend (dispatch.way)."""
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc,no-any-return]
-
-
-def applied(function: type[torch.autograd.Function], way: str) -> Callable[..., Any]:
-    """What calls a Function whose forward takes, last of all, the way to its op."""
-    if way == dispatch.DISPATCHER:
-        return function.apply
-    return _without_torch_func(function)
+def applied(function: type[torch.autograd.Function]) -> dict[str, Callable[..., Any]]:
+    """What calls a Function whose forward takes, last of all, the way to its op: by that way."""
+    # without what apply does at every call for torch.func, whose tensors never go straight to a
+    # backend (dispatch.way)
+    straight = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    ways = (*dispatch.BACKENDS, *dispatch.ELSEWHERE.values())
+    return {dispatch.DISPATCHER: function.apply, **dict.fromkeys(ways, straight)}
 
 
 def by_formula(*gradients: Tensor | None) -> bool:

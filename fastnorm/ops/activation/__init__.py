@@ -26,11 +26,15 @@ def check_name(name: str | None) -> str:
     return name
 
 
+def _not_implemented(x: Tensor, function: str) -> NotImplementedError:
+    return NotImplementedError(
+        f'"{function}" not implemented for {x.dtype}: give a floating-point tensor'
+    )
+
+
 def _check_dtype(x: Tensor, function: str) -> None:
     if not x.is_floating_point():
-        raise NotImplementedError(
-            f'"{function}" not implemented for {x.dtype}: give a floating-point tensor'
-        )
+        raise _not_implemented(x, function)
 
 
 # the outputs, and what an op of this family looks like to torch
@@ -108,6 +112,9 @@ class ActivationFunction(torch.autograd.Function):
         return _gradient(x, dy, ctx.name), None, None
 
 
+_apply = applied(ActivationFunction)
+
+
 class InplaceActivationFunction(torch.autograd.Function):
     """y = activation(x), written over ``target``, of which x is a copy that autograd knows."""
 
@@ -124,6 +131,9 @@ class InplaceActivationFunction(torch.autograd.Function):
         # not through the other Function's backward: Dynamo cannot trace one from within another
         (x,) = ctx.saved_tensors
         return _gradient(x, dy, ctx.name), None, None, None
+
+
+_apply_ = applied(InplaceActivationFunction)
 
 
 class SwishFunction(torch.autograd.Function):
@@ -143,6 +153,9 @@ class SwishFunction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:2])
         dx, dbeta = _swish_backward(x, layout.match(dy, x), beta, needs)
         return dx, dbeta, None
+
+
+_apply_swish = applied(SwishFunction)
 
 
 def activation(input: Tensor, name: str | None, inplace: bool = False) -> Tensor:
@@ -191,18 +204,19 @@ def _activation(input: Tensor, name: str, inplace: bool = False) -> Tensor:
 
 
 def _by_our_op(way: str, input: Tensor, name: str, inplace: bool) -> Tensor:
-    _check_dtype(input, name)
+    if not input.is_floating_point():
+        raise _not_implemented(input, name)
     # copied outside the Function, where autograd sees it: what a Function saves must be what it was
     # given
     if not inplace:
         x = input if input.is_contiguous() else layout.dense(input)
-        return applied(ActivationFunction, way)(x, name, way)  # type: ignore[no-any-return]
+        return _apply[way](x, name, way)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and input.requires_grad:
         if input.is_leaf:
             raise RuntimeError(
                 "a leaf Variable that requires grad is being used in an in-place operation."
             )
-        return applied(InplaceActivationFunction, way)(input.clone(), input, name, way)  # type: ignore[no-any-return]
+        return _apply_[way](input.clone(), input, name, way)  # type: ignore[no-any-return]
     with torch.no_grad():
         _forward_.by[way](input, input, name)
     return input
@@ -350,5 +364,5 @@ def swish(input: Tensor, beta: Tensor | float = 1.0) -> Tensor:
     x = layout.dense(input)
     if beta.numel() > 1 and not layout.canonical(x):
         x = x.contiguous()
-    result: Tensor = applied(SwishFunction, way)(x, beta.contiguous(), way)
+    result: Tensor = _apply_swish[way](x, beta.contiguous(), way)
     return result

@@ -21,7 +21,7 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def forward_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    C = x.size(1)  # empty and new_empty take twice as long
+    C = x.shape[1]  # empty and new_empty take twice as long
     statistics = torch.empty_strided((2, C), (C, 1), dtype=wide_dtype(x), device=x.device)
     return layout.planes_like(x), statistics
 
@@ -138,6 +138,9 @@ class BatchNormFunction(torch.autograd.Function):
         return *found, *[None] * 5
 
 
+_apply = applied(BatchNormFunction)
+
+
 def served(
     x: Tensor,
     batch_stats: bool,
@@ -145,15 +148,17 @@ def served(
 ) -> bool:
     """Whether our ops take this call. What they do not take goes to torch: its result for an empty
     batch, its error."""
-    shape, count = x.shape, x.numel()
-    if len(shape) < 2 or count == 0 or not x.is_floating_point():
+    shape, count, dtype = x.shape, x.numel(), x.dtype
+    if len(shape) < 2 or count == 0 or not dtype.is_floating_point:
         return False
     if batch_stats and count == shape[1]:
         return False
-    per_channel, device = shape[1:2], x.device
+    per_channel, device = (shape[1],), x.device
     for p in parameters:
         if p is not None and not (
-            p.shape == per_channel and p.device == device and p.is_floating_point()
+            p.shape == per_channel
+            and p.device == device
+            and (p.dtype is dtype or p.is_floating_point())
         ):
             return False
     return True
@@ -348,8 +353,8 @@ def by_way(
     tensors = (weight, bias, running_mean, running_var, num_batches_tracked)
     x = input if input.is_contiguous() else layout.to_planes(input)
     if residual is None:
-        y = applied(BatchNormFunction, way)(x, None, *tensors, settings, way)
+        y = _apply[way](x, None, *tensors, settings, way)
         return y  # type: ignore[no-any-return]
     added = layout.match(residual, layout.planes_like(input)) if inside else None
-    y = applied(BatchNormFunction, way)(x, added, *tensors, settings, way)
+    y = _apply[way](x, added, *tensors, settings, way)
     return y if inside else reference.finish(y, residual, activation)

@@ -33,13 +33,14 @@ def _put_back(buffers: tuple[Tensor | None, ...], moved: tuple[Tensor | None, ..
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    device: int, shape: torch.Size, strides: tuple[int, ...], y_strides: tuple[int, ...],
+    device: int, shape: torch.Size, strides: tuple[tuple[int, ...], ...] | None,
     dtype: torch.dtype, activation: str, *rest: Any,
 ) -> Any:  # fmt: skip
     # tensors without data: what decides is looked up by shape and strides, and views cost time
+    contiguous = torch.empty(shape, dtype=dtype, device="meta")
     view, out = (
-        layout.planes(torch.empty_strided(shape, steps, dtype=dtype, device="meta"))
-        for steps in (strides, y_strides)
+        layout.planes(contiguous.new_empty_strided(shape, steps))
+        for steps in strides or (contiguous.stride(),) * 2
     )
     assert view is not None
     assert out is not None
@@ -59,8 +60,9 @@ def plan(
     extras: int,
 ) -> Any:
     """Cut x (any strides that layout.to_planes leaves) and y (dense, layout.planes_like)."""
+    strides = None if x.is_contiguous() else (x.stride(), y.stride())  # y is contiguous if x is
     return _plan(
-        x.get_device(), x.shape, x.stride(), y.stride(), x.dtype,
+        x.get_device(), x.shape, strides, x.dtype,
         activation, backward, one_pass, operands, extras, FORM, BATCHES,
     )  # fmt: skip
 

@@ -87,6 +87,9 @@ class MeanOnlyBatchNormFunction(torch.autograd.Function):
         return (dx if needs[0] else None), dbias, *[None] * 5
 
 
+_apply = applied(MeanOnlyBatchNormFunction)
+
+
 def mean_only_batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -163,7 +166,5 @@ def mean_only_batch_norm(
     tensors = (bias, running_mean, num_batches_tracked)
     if way is None:
         way = dispatch.way_to_op("batch_norm", input, bias, running_mean)
-    y: Tensor = applied(MeanOnlyBatchNormFunction, way)(
-        layout.to_planes(input), *tensors, training, momentum, way
-    )
+    y: Tensor = _apply[way](layout.to_planes(input), *tensors, training, momentum, way)
     return y

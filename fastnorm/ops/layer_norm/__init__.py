@@ -38,7 +38,8 @@ def forward_outputs(
     dtype: torch.dtype,
     want_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    M = math.prod(x.shape[:-dims])  # empty and new_empty take twice as long
+    # a slice of a torch.Size, empty and new_empty take twice as long
+    M = math.prod([*x.shape][:-dims])
     statistics = torch.empty_strided((2, M), (M, 1), dtype=wide_dtype(x), device=x.device)
     return _row_major(x, dtype), statistics, _row_major(x, x.dtype) if want_sum else None
 
@@ -137,17 +138,24 @@ class LayerNormFunction(torch.autograd.Function):
         )
 
 
+_apply = applied(LayerNormFunction)
+
+
 def _check(
     input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> None:
     """Raise torch's own error for what torch rejects too, and say which device is the odd one
     out."""
-    device = input.device
-    well_formed = shape and input.shape[-len(shape) :] == shape and input.is_floating_point()
+    device, dtype = input.device, input.dtype
+    well_formed = shape and [*input.shape][-len(shape) :] == [*shape] and dtype.is_floating_point
     for parameter in (weight, bias):
         if parameter is None:
             continue
-        well_formed = well_formed and parameter.shape == shape and parameter.is_floating_point()
+        well_formed = (
+            well_formed
+            and parameter.shape == shape
+            and (parameter.dtype is dtype or parameter.is_floating_point())
+        )
         if parameter.device != device:
             name = "weight" if parameter is weight else "bias"
             raise RuntimeError(
@@ -249,7 +257,7 @@ def layer_norm(
         return (y, total) if return_sum else y
     _check(input, shape, weight, bias, eps)
     settings = (len(shape), float(eps), name, output_dtype(input, autocast), return_sum)
-    y, sum = applied(LayerNormFunction, way)(input, residual, weight, bias, settings, way)
+    y, sum = _apply[way](input, residual, weight, bias, settings, way)
     return (y, input if residual is None else sum) if return_sum else y
 
 

@@ -125,6 +125,9 @@ class WeightNormFunction(torch.autograd.Function):
         return dv, dg, None, None, None
 
 
+_apply = applied(WeightNormFunction)
+
+
 def _mend_double_backward(w: Tensor, v: Tensor, g: Tensor, dim: int | None) -> None:
     """Let the node that made w give gradients that are right to differentiate (create_graph)."""
 
@@ -201,5 +204,5 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0, eps: float | None = N
         return _native(v, g, dim, eps)
     # made contiguous here and not in the Function: double backward must find the way back to a
     # strided v
-    w: Tensor = applied(WeightNormFunction, way)(v.contiguous(), g.contiguous(), dim, eps, way)
+    w: Tensor = _apply[way](v.contiguous(), g.contiguous(), dim, eps, way)
     return w
