@@ -29,8 +29,8 @@ constexpr const char* kActivations[] = {FASTNORM_ACTIVATIONS(FASTNORM_NAME)};
 // What loading arguments asks Python for, found once: a function's static variables would be found
 // under a lock that another thread may wait for while it holds the interpreter's.
 struct Known {
-    PyObject *data_ptr, *dtype, *numel, *get_device;  // the names of attributes
-    PyObject* dtypes[std::size(kDtypes)];             // torch's, which it keeps for ever
+    PyObject *data_ptr, *dtype, *numel, *get_device, *is_contiguous;  // the names of attributes
+    PyObject* dtypes[std::size(kDtypes)];  // torch's, which it keeps for ever
     PyObject* activations[std::size(kActivations)];
     PyObject* current_stream;  // torch's function; null in a torch for the CPU
 };
@@ -44,6 +44,7 @@ inline void prepare() {
     known.dtype = PyUnicode_InternFromString("dtype");
     known.numel = PyUnicode_InternFromString("numel");
     known.get_device = PyUnicode_InternFromString("get_device");
+    known.is_contiguous = PyUnicode_InternFromString("is_contiguous");
     const pybind11::module_ torch = pybind11::module_::import("torch");
     for (std::size_t i = 0; i < std::size(kDtypes); ++i)
         known.dtypes[i] = pybind11::object(torch.attr(kDtypes[i])).release().ptr();
@@ -102,6 +103,17 @@ inline CUstream_st* stream(pybind11::handle tensor) {
 
 }  // namespace arguments
 
+// A parameter or a buffer as kernels see it: without gaps, a copy of a slice or an expansion.
+struct Parameter : Array {
+    pybind11::handle tensor;
+    pybind11::object copy;
+
+    // What a launch has written, in stream order.
+    void put_back() const {
+        if (copy) tensor.attr("copy_")(copy);
+    }
+};
+
 // The tensor that a launch is for: it decides the dtype of the kernel, and the stream.
 struct Subject : Array {
     pybind11::handle tensor;
@@ -132,6 +144,23 @@ struct type_caster<fastnorm::Array> {
         value = {};
         if (!tensor.is_none())
             value = {fastnorm::arguments::address(tensor), fastnorm::arguments::dtype(tensor)};
+        return true;
+    }
+};
+
+template <>
+struct type_caster<fastnorm::Parameter> {
+    PYBIND11_TYPE_CASTER(fastnorm::Parameter, const_name("Tensor | None"));
+
+    bool load(handle tensor, bool) {
+        using namespace fastnorm;
+        value = {};
+        if (tensor.is_none()) return true;
+        value.tensor = tensor;
+        if (arguments::number(tensor, known.is_contiguous) == 0)
+            tensor = value.copy = tensor.attr("contiguous")();
+        value.data = arguments::address(tensor);
+        value.dtype = arguments::dtype(tensor);
         return true;
     }
 };

@@ -17,6 +17,7 @@ namespace py = pybind11;
 namespace {
 
 using fastnorm::Array;
+using fastnorm::Parameter;
 using fastnorm::Pointer;
 using fastnorm::Subject;
 
@@ -104,8 +105,8 @@ void bind_activation(py::module_& m) {
 }
 
 // No momentum: the cumulative average, where batches are counted.
-fastnorm::BatchNormRunning running(Array mean, Array var, Pointer num_batches_tracked,
-                                   std::optional<double> momentum) {
+fastnorm::BatchNormRunning running(const Parameter& mean, const Parameter& var,
+                                   Pointer num_batches_tracked, std::optional<double> momentum) {
     const bool cumulative = !momentum && num_batches_tracked.data != nullptr;
     return {mean, var, num_batches_tracked, momentum.value_or(0.0), cumulative};
 }
@@ -136,49 +137,55 @@ void bind_batch_norm(py::module_& m) {
               check("batch_norm_plan", batch_norm_plan(shape, request, &plan));
               return plan;
           });
-    m.def(
-        "batch_norm_forward",
-        [](Pointer y, Pointer statistics, Array running_mean, Array running_var,
-           Pointer num_batches_tracked, std::optional<double> momentum, Subject x, Pointer residual,
-           Array weight, Array bias, Pointer partials, Pointer counters, double eps,
-           Activation activation, bool batch_stats, bool center_only, const BatchNormPlan& plan) {
-            const long C = plan.shape.C;
-            const BatchNormForward a = {
-                y,
-                statistics,
-                behind(statistics, C, x.dtype),
-                y.data == nullptr ? behind(statistics, 2 * C, x.dtype) : nullptr,
-                running(running_mean, running_var, num_batches_tracked, momentum),
-                x.data,
-                residual,
-                weight,
-                bias,
-                partials,
-                counters,
-                eps,
-                activation,
-                batch_stats,
-                center_only,
-                plan};
-            run("batch_norm_forward", x.stream(),
-                [&](CUstream_st* stream) { return batch_norm_forward(a, x.dtype, stream); });
-        });
-    m.def("batch_norm_merge",
-          [](Pointer mean, Pointer var, Pointer count, Array running_mean, Array running_var,
-             Pointer num_batches_tracked, std::optional<double> momentum, Subject gathered,
-             Pointer counters, long ranks, long C) {
-              const BatchNormMerge a = {
-                  mean,          var,
-                  count,         running(running_mean, running_var, num_batches_tracked, momentum),
-                  gathered.data, counters,
-                  ranks,         C};
-              run("batch_norm_merge", gathered.stream(),
-                  [&](CUstream_st* stream) { return batch_norm_merge(a, gathered.dtype, stream); });
+    m.def("batch_norm_forward",
+          [](Pointer y, Pointer statistics, const Parameter& running_mean,
+             const Parameter& running_var, Pointer num_batches_tracked,
+             std::optional<double> momentum, Subject x, Pointer residual, const Parameter& weight,
+             const Parameter& bias, Pointer partials, Pointer counters, double eps,
+             Activation activation, bool batch_stats, bool center_only, const BatchNormPlan& plan) {
+              const long C = plan.shape.C;
+              const BatchNormForward a = {
+                  y,
+                  statistics,
+                  behind(statistics, C, x.dtype),
+                  y.data == nullptr ? behind(statistics, 2 * C, x.dtype) : nullptr,
+                  running(running_mean, running_var, num_batches_tracked, momentum),
+                  x.data,
+                  residual,
+                  weight,
+                  bias,
+                  partials,
+                  counters,
+                  eps,
+                  activation,
+                  batch_stats,
+                  center_only,
+                  plan};
+              run("batch_norm_forward", x.stream(),
+                  [&](CUstream_st* stream) { return batch_norm_forward(a, x.dtype, stream); });
+              if (batch_stats) {
+                  running_mean.put_back();
+                  running_var.put_back();
+              }
           });
+    m.def("batch_norm_merge", [](Pointer mean, Pointer var, Pointer count,
+                                 const Parameter& running_mean, const Parameter& running_var,
+                                 Pointer num_batches_tracked, std::optional<double> momentum,
+                                 Subject gathered, Pointer counters, long ranks, long C) {
+        const BatchNormMerge a = {
+            mean,          var,
+            count,         running(running_mean, running_var, num_batches_tracked, momentum),
+            gathered.data, counters,
+            ranks,         C};
+        run("batch_norm_merge", gathered.stream(),
+            [&](CUstream_st* stream) { return batch_norm_merge(a, gathered.dtype, stream); });
+        running_mean.put_back();
+        running_var.put_back();
+    });
     m.def("batch_norm_backward",
           [](Pointer dx, Pointer dresidual, Array dweight, Array dbias, Pointer x, Subject dy,
-             Pointer residual, Array weight, Array bias, Pointer statistics, Pointer sums,
-             Pointer count, Pointer partials, Pointer counters, Activation activation,
+             Pointer residual, const Parameter& weight, const Parameter& bias, Pointer statistics,
+             Pointer sums, Pointer count, Pointer partials, Pointer counters, Activation activation,
              bool center_only, const BatchNormPlan& plan) {
               const BatchNormBackward a = {dx,
                                            dresidual,
@@ -301,9 +308,9 @@ void bind_layer_norm(py::module_& m) {
         .def_readwrite("workers", &Plan::workers)
         .def_readwrite("parts", &Plan::parts);
     m.def("layer_norm_forward",
-          [](Array y, Pointer sum, Pointer statistics, Subject x, Pointer residual, Array weight,
-             Array bias, Pointer partials, Pointer counters, double eps, Activation activation,
-             const View& view, const Plan& plan) {
+          [](Array y, Pointer sum, Pointer statistics, Subject x, Pointer residual,
+             const Parameter& weight, const Parameter& bias, Pointer partials, Pointer counters,
+             double eps, Activation activation, const View& view, const Plan& plan) {
               const LayerNormForward a = {y,
                                           sum,
                                           statistics,
@@ -323,34 +330,34 @@ void bind_layer_norm(py::module_& m) {
               run("layer_norm_forward", x.stream(),
                   [&](CUstream_st* stream) { return layer_norm_forward(a, x.dtype, stream); });
           });
-    m.def(
-        "layer_norm_backward",
-        [](Pointer dx, Array dweight, Array dbias, Subject x, Array dy, Pointer dsum, Array weight,
-           Array bias, Pointer statistics, Pointer parts, Pointer partials, Pointer totals,
-           Pointer counters, Activation activation, const View& view, const Plan& plan) {
-            const LayerNormBackward a = {dx,
-                                         dweight,
-                                         dbias,
-                                         View::of(x.data, view.x),
-                                         View::of(dy.data, view.other),
-                                         dy.dtype,
-                                         dsum,
-                                         weight,
-                                         bias,
-                                         statistics,
-                                         behind(statistics, view.rows, x.dtype),
-                                         parts,
-                                         partials,
-                                         totals,
-                                         counters,
-                                         view.rows,
-                                         view.batch_rows,
-                                         view.cols,
-                                         activation,
-                                         plan};
-            run("layer_norm_backward", x.stream(),
-                [&](CUstream_st* stream) { return layer_norm_backward(a, x.dtype, stream); });
-        });
+    m.def("layer_norm_backward",
+          [](Pointer dx, Array dweight, Array dbias, Subject x, Array dy, Pointer dsum,
+             const Parameter& weight, const Parameter& bias, Pointer statistics, Pointer parts,
+             Pointer partials, Pointer totals, Pointer counters, Activation activation,
+             const View& view, const Plan& plan) {
+              const LayerNormBackward a = {dx,
+                                           dweight,
+                                           dbias,
+                                           View::of(x.data, view.x),
+                                           View::of(dy.data, view.other),
+                                           dy.dtype,
+                                           dsum,
+                                           weight,
+                                           bias,
+                                           statistics,
+                                           behind(statistics, view.rows, x.dtype),
+                                           parts,
+                                           partials,
+                                           totals,
+                                           counters,
+                                           view.rows,
+                                           view.batch_rows,
+                                           view.cols,
+                                           activation,
+                                           plan};
+              run("layer_norm_backward", x.stream(),
+                  [&](CUstream_st* stream) { return layer_norm_backward(a, x.dtype, stream); });
+          });
 }
 
 }  // namespace

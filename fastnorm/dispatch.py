@@ -309,14 +309,14 @@ ELSEWHERE = {name: f"{name} elsewhere" for name in ("triton", "cuda")}
 _current_device = getattr(torch._C, "_cuda_getDevice", None)  # absent in a build for the CPU
 
 
-def _watched(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
+def _watched(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether torch's dispatcher, given these, would do more than come back to us: for a mode or a
     profiler; for a tensor that is more than its data, as a subclass, what torch.func has left of a
     tensor, or a view that negates.
     """
     if _len_torch_dispatch_stack() > 0 or _profiler_enabled():
         return True
-    for t in (x, *others):
+    for t in tensors:
         if t is not None:
             kind = type(t)
             if t.is_neg() or (
@@ -339,14 +339,16 @@ def _served(forced: str, family: str, is_cuda: bool, is_cpu: bool) -> tuple[str 
     return forced if straight else DISPATCHER, 0
 
 
-def way(family: str, x: Tensor, *others: Tensor | None, elements: int | None = None) -> str | None:
+def way(family: str, *tensors: Tensor | None, elements: int | None = None) -> str | None:
     """How a call is made, decided before any Function or op of ours is entered: by torch's own
     function (None), by our op through torch's dispatcher (DISPATCHER), or straight by the backend
     of that name (ELSEWHERE's name for it), where the dispatcher would add nothing but time.
 
-    ``others``: all tensors beside x. ``elements``: of all that one launch serves, where x is not
-    the only one.
+    The first of ``tensors``, x, decides for all. ``elements``: of all that one launch serves, where
+    x is not the only one.
     """
+    x = tensors[0]
+    assert x is not None
     if is_compiling():  # a size would become a guard: one compiled graph serves every batch size
         ours = _forced != "auto" or (x.is_cuda and _preferred(family) is not None)
         return DISPATCHER if ours and not transformed() else None
@@ -360,7 +362,7 @@ def way(family: str, x: Tensor, *others: Tensor | None, elements: int | None = N
         or _get_tracing_state() is not None
     ):
         return None
-    if _watched(x, others):
+    if _watched(tensors):
         return None if _escaped(x) else DISPATCHER
     if on_cuda and x.get_device() != _current_device():  # type: ignore[misc]
         return ELSEWHERE.get(found, found)
@@ -374,7 +376,7 @@ def _escaped(x: Tensor) -> bool:
 
 def way_to_op(family: str, x: Tensor, *others: Tensor | None) -> str:
     """The way of a call that torch has no function for."""
-    if is_compiling() or x.is_meta or _watched(x, others):
+    if is_compiling() or x.is_meta or _watched((x, *others)):
         return DISPATCHER
     return way_to_backend(family, x)
 

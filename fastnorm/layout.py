@@ -58,9 +58,12 @@ def restride(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     )
 
 
-def canonical_strides(x: Tensor) -> bool:
-    """Whether x has the strides of a new contiguous tensor: where a size is 1 they may be any."""
-    return x.is_contiguous() and 1 not in x.shape
+def row_major(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty contiguous tensor of x's shape."""
+    # a keyword takes as long as four questions; strides of a size of 1 may be any in x
+    if x.dtype is dtype and x.is_contiguous() and 1 not in x.shape:
+        return torch.empty_like(x)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def channels_last(x: Tensor) -> bool:
@@ -73,15 +76,13 @@ def channels_last(x: Tensor) -> bool:
     return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def planes_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def planes_like(x: Tensor) -> Tensor:
     """An empty tensor of x's shape in the layout of batch norm's outputs and gradients:
     channels_last or contiguous."""
-    if dtype is None and canonical_strides(x):  # what every keyword costs is not needed then
-        return torch.empty_like(x)
-    form = torch.contiguous_format
-    if channels_last(x):
-        form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    return torch.empty_like(x, dtype=dtype, memory_format=form)
+    if x.is_contiguous() or not channels_last(x):
+        return row_major(x, x.dtype)
+    form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return torch.empty_like(x, memory_format=form)
 
 
 def planes(x: Tensor) -> Tensor | None:

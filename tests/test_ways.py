@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 
 import fastnorm
 from fastnorm import dispatch, functional
+from fastnorm.ops import activation
+from fastnorm.ops.weight_norm import group
 
 LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -148,3 +152,47 @@ def test_layers_of_two_devices_are_no_group(backend: str, device: str) -> None:
     g = [torch.ones(2, 1, device=device)] * 2
     with pytest.raises(RuntimeError, match=r"on the same device, and they are on .*meta"):
         weight_norm_group(v, g, [0, 0], [None, None])
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "reference"])
+def test_a_tensor_that_is_not_on_the_current_device_goes_there(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several GPUs, which no machine of the tests has: one is made up."""
+
+    class OnSecond:
+        is_cuda, is_cpu = True, False
+        get_device = staticmethod(lambda: 1)
+
+    x: Any = OnSecond()
+    monkeypatch.setattr(dispatch, "_watched", lambda _: False)
+    monkeypatch.setattr(dispatch, "_served", lambda *_: (name, 0))
+    monkeypatch.setattr(dispatch, "select", lambda *_: name)
+    monkeypatch.setattr(dispatch, "_current_device", lambda: 1)
+    assert dispatch.way("activation", x) == dispatch.way_to_backend("activation", x) == name
+    monkeypatch.setattr(dispatch, "_current_device", lambda: 0)
+    elsewhere = name if name == "reference" else f"{name} elsewhere"
+    assert dispatch.way("activation", x) == dispatch.way_to_backend("activation", x) == elsewhere
+
+
+def test_kernels_launch_on_the_device_of_their_tensors(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend not in dispatch.ELSEWHERE:
+        pytest.skip("torch's own functions see to the device themselves")
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    x, w = torch.randn(8, 4, device=device), torch.ones(8, 1, device=device)
+    for op, inputs in (
+        (activation._forward, (x, "silu")),
+        (group._forward, ([x], [w], [0], [0.0])),
+    ):
+        y = op.by[dispatch.ELSEWHERE[backend]](*inputs)
+        torch.testing.assert_close(y, op.by[backend](*inputs))
+    assert entered == [x.device] * 2

@@ -19,18 +19,6 @@ from fastnorm.ops.extension import extension
 FORM, BATCHES = -1, 0
 
 
-def _compact(parameter: Tensor | None) -> Tensor | None:
-    """A parameter as the kernels read it: [C] without gaps, of a slice or an expansion too."""
-    return None if parameter is None else parameter.contiguous()
-
-
-def _put_back(buffers: tuple[Tensor | None, ...], moved: tuple[Tensor | None, ...]) -> None:
-    """Copy what a kernel has written to the compact copies of running statistics with gaps."""
-    for buffer, value in zip(buffers, moved, strict=True):
-        if buffer is not None and value is not None and value is not buffer:
-            buffer.copy_(value)
-
-
 @functools.lru_cache(maxsize=4096)
 def _plan(
     device: int, shape: torch.Size, strides: tuple[tuple[int, ...], ...] | None,
@@ -78,11 +66,6 @@ def _forward(
     batch_stats: bool, momentum: float | None, eps: float, activation: str,
     y: Tensor, statistics: Tensor | None, center_only: bool,
 ) -> None:  # fmt: skip
-    # [C] without gaps, of slices and expansions too
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    moved_mean = None if running_mean is None else running_mean.contiguous()
-    moved_var = None if running_var is None else running_var.contiguous()
     p = plan(x, y, activation, False, not batch_stats, 1, int(residual is not None))
     partials = counters = None
     if batch_stats:
@@ -91,12 +74,10 @@ def _forward(
         if p.ordered or num_batches_tracked is not None:
             counters = launch.counters(x, p.counters)
     extension().batch_norm_forward(
-        y, statistics, moved_mean, moved_var, num_batches_tracked, momentum,
+        y, statistics, running_mean, running_var, num_batches_tracked, momentum,
         x, residual, weight, bias, partials, counters, eps,
         activation, batch_stats, center_only, p,
     )  # fmt: skip
-    if batch_stats and not (moved_mean is running_mean and moved_var is running_var):
-        _put_back((running_mean, running_var), (moved_mean, moved_var))
 
 
 def batch_norm_forward(
@@ -142,7 +123,7 @@ def _backward(
     counters = launch.counters(x, p.counters) if merges else None
     extension().batch_norm_backward(
         dx, dresidual, dweight, dbias, None if center_only else x, dy, residual,
-        _compact(weight), _compact(bias), statistics, sums, count, partials, counters,
+        weight, bias, statistics, sums, count, partials, counters,
         activation, center_only, p,
     )  # fmt: skip
 
@@ -216,10 +197,8 @@ def batch_norm_merge(
     num_batches_tracked: Tensor | None, momentum: float | None,
     mean: Tensor, var: Tensor, count: Tensor,
 ) -> None:  # fmt: skip
-    moved_mean, moved_var = _compact(running_mean), _compact(running_var)
     counters = None if num_batches_tracked is None else launch.counters(gathered, 2)
     extension().batch_norm_merge(
-        mean, var, count, moved_mean, moved_var, num_batches_tracked, momentum,
+        mean, var, count, running_mean, running_var, num_batches_tracked, momentum,
         gathered, counters, gathered.size(0), mean.numel(),
     )  # fmt: skip
-    _put_back((running_mean, running_var), (moved_mean, moved_var))

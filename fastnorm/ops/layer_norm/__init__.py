@@ -21,12 +21,6 @@ from fastnorm.ops.registry import applied, by_formula, differentiable_backward, 
 # mean and 1 / sqrt(variance + eps) of every row
 
 
-def _row_major(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if x.dtype == dtype and layout.canonical_strides(x):  # what every keyword costs is not needed
-        return torch.empty_like(x)
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-
 def forward_outputs(
     x: Tensor,
     residual: Tensor | None,
@@ -38,10 +32,10 @@ def forward_outputs(
     dtype: torch.dtype,
     want_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    # a slice of a torch.Size, empty and new_empty take twice as long
-    M = math.prod([*x.shape][:-dims])
+    M = math.prod(x.shape[:-dims])  # empty and new_empty take twice as long
     statistics = torch.empty_strided((2, M), (M, 1), dtype=wide_dtype(x), device=x.device)
-    return _row_major(x, dtype), statistics, _row_major(x, x.dtype) if want_sum else None
+    total = layout.row_major(x, x.dtype) if want_sum else None
+    return layout.row_major(x, dtype), statistics, total
 
 
 def backward_outputs(
@@ -55,9 +49,9 @@ def backward_outputs(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    dx = _row_major(x, x.dtype) if needs[0] else None
-    dweight = _row_major(weight, weight.dtype) if needs[1] and weight is not None else None
-    dbias = _row_major(bias, bias.dtype) if needs[2] and bias is not None else None
+    dx = layout.row_major(x, x.dtype) if needs[0] else None
+    dweight = layout.row_major(weight, weight.dtype) if needs[1] and weight is not None else None
+    dbias = layout.row_major(bias, bias.dtype) if needs[2] and bias is not None else None
     return dx, dweight, dbias
 
 
@@ -78,12 +72,12 @@ _backward = register(
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """(y, sum) = (activation(layer_norm(sum)), x + residual); saves the sum (x alone without a
-    residual), never y.
+    """y = activation(layer_norm(x)), or with a residual (y, sum) = (activation(layer_norm(sum)),
+    x + residual); saves x or the sum, never y.
 
-    The sum is an output whenever a residual is given and a gradient is needed, wanted by the caller
+    The sum is computed whenever a residual is given and a gradient is needed, wanted by the caller
     or not: what backward saves is then part of the graph, and double backward finds its way through
-        it to x and the residual.
+    it to x and the residual.
     """
 
     @staticmethod
@@ -95,19 +89,23 @@ class LayerNormFunction(torch.autograd.Function):
         bias: Tensor | None,
         settings: tuple[int, float, str, torch.dtype, bool],
         way: str,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         dims, eps, activation, dtype, return_sum = settings
         want_sum = residual is not None and (return_sum or any(ctx.needs_input_grad))
         y, statistics, total = _forward.by[way](
             x, residual, weight, bias, dims, eps, activation, dtype, want_sum
         )
-        ctx.set_materialize_grads(False)
         ctx.settings = settings
         ctx.save_for_backward(x if residual is None else total, weight, bias, statistics)
+        if residual is None:
+            return y  # type: ignore[no-any-return]
+        ctx.set_materialize_grads(False)
         return y, total
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: Tensor | None, dsum: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         x, weight, bias, statistics = ctx.saved_tensors
         dims, eps, activation, *_ = ctx.settings
         needs = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], *ctx.needs_input_grad[2:4]]
@@ -146,8 +144,15 @@ def _check(
 ) -> None:
     """Raise torch's own error for what torch rejects too, and say which device is the odd one
     out."""
-    device, dtype = input.device, input.dtype
-    well_formed = shape and [*input.shape][-len(shape) :] == [*shape] and dtype.is_floating_point
+    device, dtype, sizes = input.device, input.dtype, input.shape
+    # the last size alone first: a slice of a torch.Size takes as long as three questions
+    well_formed = (
+        shape
+        and sizes
+        and sizes[-1] == shape[-1]
+        and (len(shape) == 1 or sizes[-len(shape) :] == shape)
+        and dtype.is_floating_point
+    )
     for parameter in (weight, bias):
         if parameter is None:
             continue
@@ -174,9 +179,9 @@ def output_dtype(input: Tensor, autocast: str | None) -> torch.dtype:
     else input's dtype."""
     dtype = input.dtype
     if (
-        input.is_cuda
+        (dtype is torch.bfloat16 or dtype is torch.float16)
         and autocast is None
-        and (dtype is torch.bfloat16 or dtype is torch.float16)
+        and input.is_cuda
         and torch.is_autocast_enabled("cuda")
     ):
         return torch.float32
@@ -257,8 +262,9 @@ def layer_norm(
         return (y, total) if return_sum else y
     _check(input, shape, weight, bias, eps)
     settings = (len(shape), float(eps), name, output_dtype(input, autocast), return_sum)
-    y, sum = _apply[way](input, residual, weight, bias, settings, way)
-    return (y, input if residual is None else sum) if return_sum else y
+    found = _apply[way](input, residual, weight, bias, settings, way)
+    y, total = (found, input) if residual is None else found
+    return (y, total) if return_sum else y
 
 
 def _fusible(input: Tensor, residual: Tensor) -> bool:

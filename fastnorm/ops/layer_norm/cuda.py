@@ -15,7 +15,7 @@ from fastnorm.ops import launch
 from fastnorm.ops.activation.reference import wide_dtype
 from fastnorm.ops.extension import extension
 from fastnorm.ops.layer_norm import backward_outputs, forward_outputs
-from fastnorm.ops.layer_norm.views import dense, in_place, rows_adjacent
+from fastnorm.ops.layer_norm.views import in_place, rows_adjacent
 
 
 class Limits(NamedTuple):
@@ -179,6 +179,7 @@ class Cut(NamedTuple):
     shape: Shape
     view: Any  # the same for the extension, with the strides of both
     plan: Any
+    ticket: int  # the plan's
     copied: bool  # they see copies
 
 
@@ -207,7 +208,7 @@ def _cut_views(
         plan = backward_plan(shape, beside.element_size(), wants.dx, wants.parameters, limits)
     strides = (x.stride(), beside.stride())
     view = extension().LayerNormView(shape.rows, shape.batch_rows, shape.cols, *strides)
-    return Cut(shape, view, plan, copied)
+    return Cut(shape, view, plan, plan.ticket, copied)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -217,7 +218,9 @@ def _cut(
     """How kernels read tensors of one shape and these strides and dtypes, one after the other.
     Decided on tensors without data: shapes and strides are all that a call looks at."""
     tensors = [
-        torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+        torch.empty(shape, dtype=dtype, device="meta")
+        if strides is None  # contiguous
+        else torch.empty_strided(shape, strides, dtype=dtype, device="meta")
         for strides, dtype in zip(layouts[::2], layouts[1::2], strict=True)
     ]
     views = _views(dims, wants is not None, limits, tensors)
@@ -253,22 +256,20 @@ def layer_norm_forward(
         statistics[0].zero_()
         statistics[1].fill_(math.nan)
         return outputs
-    layouts: tuple[Any, ...] = (x.stride(), x.dtype)
+    layouts: tuple[Any, ...] = (None if x.is_contiguous() else x.stride(), x.dtype)
     if residual is not None:
         layouts += (residual.stride(), residual.dtype)
     cut = _cut(dims, None, LIMITS, x.get_device(), x.shape, *layouts)
     if cut.copied:
         x, residual, cut = _copies(dims, None, x, residual)
-    shape, plan = cut.shape, cut.plan
+    shape, view, plan, ticket, _ = cut
     partials = counters = None
-    if plan.ticket:
+    if ticket:
         partials = torch.empty((shape.rows, plan.chunks, 2), dtype=wide_dtype(x), device=x.device)
         counters = launch.counters(x, 2 + shape.rows)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
     extension().layer_norm_forward(
         y, total, statistics, x, residual, weight, bias, partials, counters, eps,
-        activation, cut.view, plan,
+        activation, view, plan,
     )  # fmt: skip
     return outputs
 
@@ -315,6 +316,6 @@ def layer_norm_backward(
         counters = launch.counters(x, 3 + plan.groups)
     dsum = None if dsum is None else dsum.contiguous()
     extension().layer_norm_backward(
-        dx, dweight, dbias, x, dy, dsum, dense(weight), dense(bias), statistics,
+        dx, dweight, dbias, x, dy, dsum, weight, bias, statistics,
         parts, partials, totals, counters, activation, cut.view, plan,
     )  # fmt: skip
