@@ -21,6 +21,16 @@ from fastnorm.ops.registry import applied, by_formula, differentiable_backward, 
 # mean and 1 / sqrt(variance + eps) of every row
 
 
+def outputs_of_rows(
+    x: Tensor, M: int, dtype: torch.dtype, want_sum: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, statistics and the sum of M rows."""
+    # empty and new_empty take twice as long
+    statistics = torch.empty_strided((2, M), (M, 1), dtype=wide_dtype(x), device=x.device)
+    total = layout.row_major(x, x.dtype) if want_sum else None
+    return layout.row_major(x, dtype), statistics, total
+
+
 def forward_outputs(
     x: Tensor,
     residual: Tensor | None,
@@ -32,10 +42,7 @@ def forward_outputs(
     dtype: torch.dtype,
     want_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    M = math.prod(x.shape[:-dims])  # empty and new_empty take twice as long
-    statistics = torch.empty_strided((2, M), (M, 1), dtype=wide_dtype(x), device=x.device)
-    total = layout.row_major(x, x.dtype) if want_sum else None
-    return layout.row_major(x, dtype), statistics, total
+    return outputs_of_rows(x, math.prod(x.shape[:-dims]), dtype, want_sum)
 
 
 def backward_outputs(
@@ -261,7 +268,8 @@ def layer_norm(
             y = y.to(total.dtype)
         return (y, total) if return_sum else y
     _check(input, shape, weight, bias, eps)
-    settings = (len(shape), float(eps), name, output_dtype(input, autocast), return_sum)
+    dtype = output_dtype(input, autocast)
+    settings = (len(shape), float(eps), name, dtype, return_sum)
     found = _apply[way](input, residual, weight, bias, settings, way)
     y, total = (found, input) if residual is None else found
     return (y, total) if return_sum else y

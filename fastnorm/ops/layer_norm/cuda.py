@@ -14,7 +14,7 @@ from torch import Tensor
 from fastnorm.ops import launch
 from fastnorm.ops.activation.reference import wide_dtype
 from fastnorm.ops.extension import extension
-from fastnorm.ops.layer_norm import backward_outputs, forward_outputs
+from fastnorm.ops.layer_norm import backward_outputs, outputs_of_rows
 from fastnorm.ops.layer_norm.views import in_place, rows_adjacent
 
 
@@ -178,7 +178,7 @@ class Cut(NamedTuple):
 
     shape: Shape
     view: Any  # the same for the extension, with the strides of both
-    plan: Any
+    plan: Any  # None where there are no elements
     ticket: int  # the plan's
     copied: bool  # they see copies
 
@@ -202,6 +202,8 @@ def _cut_views(
         transposed=sum(map(rows_adjacent, views)),
         processors=launch.processors(device),
     )
+    if x.numel() == 0:
+        return Cut(shape, None, None, 0, False)
     if wants is None:
         plan = forward_plan(shape, limits)
     else:
@@ -250,16 +252,16 @@ def layer_norm_forward(
     dtype: torch.dtype,
     want_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    outputs = forward_outputs(x, residual, weight, bias, dims, eps, activation, dtype, want_sum)
-    y, statistics, total = outputs
-    if x.numel() == 0:
-        statistics[0].zero_()
-        statistics[1].fill_(math.nan)
-        return outputs
     layouts: tuple[Any, ...] = (None if x.is_contiguous() else x.stride(), x.dtype)
     if residual is not None:
         layouts += (residual.stride(), residual.dtype)
     cut = _cut(dims, None, LIMITS, x.get_device(), x.shape, *layouts)
+    outputs = outputs_of_rows(x, cut.shape.rows, dtype, want_sum)
+    y, statistics, total = outputs
+    if cut.plan is None:
+        statistics[0].zero_()
+        statistics[1].fill_(math.nan)
+        return outputs
     if cut.copied:
         x, residual, cut = _copies(dims, None, x, residual)
     shape, view, plan, ticket, _ = cut
