@@ -130,7 +130,7 @@ def compile_objects(nvcc: str, sources: Sequence[Path]) -> list[Path]:
 
     known = set(subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split())
     flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
-    flags += ["-DNDEBUG"]  # or pybind11 looks for the interpreter's lock at every reference it counts
+    flags += ["-DNDEBUG"]  # pybind11 would look for the interpreter's lock at every reference
     flags += ["--default-stream=legacy"]  # torch's: a stream of 0 is the same in both
     flags += architecture_flags(known)
     folders = (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])
