@@ -356,17 +356,18 @@ def way(family: str, *tensors: Tensor | None, elements: int | None = None) -> st
     found, least = _served(_forced, family, on_cuda, x.is_cpu)
     if found is None or (least and (x.numel() if elements is None else elements) < least):
         return None
-    if (
-        _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _get_tracing_state() is not None
-    ):
+    if _for_torch_alone():
         return None
     if _watched(tensors):
         return None if _escaped(x) else DISPATCHER
-    if on_cuda and x.get_device() != _current_device():  # type: ignore[misc]
-        return ELSEWHERE.get(found, found)
-    return found
+    return _placed(found, x) if on_cuda else found
+
+
+def _placed(backend: str, x: Tensor) -> str:
+    """The way to a backend that serves x, on CUDA."""
+    if x.get_device() != _current_device():  # type: ignore[misc]
+        return ELSEWHERE.get(backend, backend)
+    return backend
 
 
 def _escaped(x: Tensor) -> bool:
@@ -384,9 +385,7 @@ def way_to_op(family: str, x: Tensor, *others: Tensor | None) -> str:
 def way_to_backend(family: str, x: Tensor) -> str:
     """The way of a call that torch's dispatcher has nothing to do with any more."""
     backend = select(family, x)
-    if x.is_cuda and x.get_device() != _current_device():  # type: ignore[misc]
-        return ELSEWHERE.get(backend, backend)
-    return backend
+    return _placed(backend, x) if x.is_cuda else backend
 
 
 def batched(dy: Tensor) -> bool:
