@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -36,12 +33,6 @@ MEAN_ONLY = {
     "3d": fastnorm.MeanOnlyBatchNorm3d,
 }
 every_shape = pytest.mark.parametrize("kind", SHAPES)
-
-
-@pytest.fixture(autouse=True)
-def _on_the_device(device: str) -> Iterator[None]:
-    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
-        yield
 
 
 def ours_for(torchs):

@@ -3,6 +3,7 @@ interpreted and the CUDA sources compiled by g++."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import zlib
@@ -59,6 +60,13 @@ AVAILABLE = [name for name, missing in fastnorm.backends().items() if missing is
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def on_the_device(device: str) -> Iterator[None]:
+    """New tensors are made there: for tests that name no device."""
+    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(params=AVAILABLE)

@@ -14,7 +14,6 @@ import fastnorm
 from tests.batch_norm_twins import (
     KINDS,
     SHAPES,
-    _on_the_device,  # noqa: F401  (a fixture of every test)
     agree,
     every_shape,
     everywhere,
@@ -25,6 +24,8 @@ from tests.batch_norm_twins import (
     same_state,
     twins,
 )
+
+pytestmark = pytest.mark.usefixtures("on_the_device")
 
 # 1, 16: the constructor and what survives a file
 

@@ -16,13 +16,14 @@ from fastnorm.ops.activation import NAMES, reference
 from tests.batch_norm_twins import (
     KINDS,
     SHAPES,
-    _on_the_device,  # noqa: F401  (a fixture of every test)
     everywhere,
     outcome,
     results,
     same_state,
     twins,
 )
+
+pytestmark = pytest.mark.usefixtures("on_the_device")
 
 # what else reads a batch norm layer
 

@@ -16,7 +16,6 @@ from fastnorm.ops import batch_norm as family
 from fastnorm.ops import launch
 from fastnorm.ops.activation import NAMES
 from fastnorm.ops.batch_norm import mean_only, sync
-from tests.batch_norm_twins import _on_the_device  # noqa: F401  (a fixture of every test)
 from tests.compare import FLOOR, relative_error
 from tests.conftest import AVAILABLE
 from tests.test_batch_norm_backward_cuda import (
@@ -27,7 +26,10 @@ from tests.test_batch_norm_backward_cuda import (
     form,  # noqa: F401  (a fixture)
 )
 
-pytestmark = pytest.mark.skipif("cuda" not in AVAILABLE, reason="no CUDA backend on this machine")
+pytestmark = [
+    pytest.mark.skipif("cuda" not in AVAILABLE, reason="no CUDA backend on this machine"),
+    pytest.mark.usefixtures("on_the_device"),
+]
 
 Case = tuple[list[Any], tuple[Any, ...]]
 

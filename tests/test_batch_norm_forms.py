@@ -12,7 +12,6 @@ import torch.nn.functional as F
 import fastnorm
 from fastnorm import functional
 from tests.batch_norm_twins import (
-    _on_the_device,  # noqa: F401  (a fixture of every test)
     agree,
     numpy_warns,
     results,
@@ -21,6 +20,8 @@ from tests.batch_norm_twins import (
     twins,
 )
 from tests.conftest import HAS_TRITON
+
+pytestmark = pytest.mark.usefixtures("on_the_device")
 
 # torch.compile
 

@@ -10,7 +10,6 @@ from torch.autograd import forward_ad
 import fastnorm
 from fastnorm import functional
 from tests.batch_norm_twins import (
-    _on_the_device,  # noqa: F401  (a fixture of every test)
     agree,
     everywhere,
     numpy_warns,
@@ -20,6 +19,8 @@ from tests.batch_norm_twins import (
     torch_warns,
     twins,
 )
+
+pytestmark = pytest.mark.usefixtures("on_the_device")
 
 # 9: when the buffers move, and what a backward reads
 

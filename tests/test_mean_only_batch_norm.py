@@ -14,13 +14,14 @@ from fastnorm import functional
 from tests.batch_norm_twins import (
     MEAN_ONLY,
     SHAPES,
-    _on_the_device,  # noqa: F401  (a fixture of every test)
     agree,
     every_shape,
     everywhere,
     results,
     torch_warns,
 )
+
+pytestmark = pytest.mark.usefixtures("on_the_device")
 
 # mean-only batch norm
 
