@@ -1,4 +1,4 @@
-"""Activations: values and slopes against fp64, switch points, limits, layouts, in place, Swish.
+"""Activations: values and slopes against fp64, switch points, limits, layouts, derivatives.
 
 What hard piecewise functions have for the *gradient* at NaN is in no table here: torch's own scalar
 and vector CPU kernels disagree about it.
@@ -6,12 +6,10 @@ and vector CPU kernels disagree about it.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import math
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,11 +19,12 @@ from torch import nn
 import fastnorm
 from fastnorm import functional
 from fastnorm.ops.activation import NAMES, reference
+from tests.activations import LAYOUTS, TORCHS
 from tests.compare import assert_as_good_as_torch
-from tests.conftest import AVAILABLE, HAS_TRITON
+from tests.conftest import HAS_TRITON
+from tests.layers import everywhere
 
-# "auto" is torch's own function on a CPU: what we add around it is tested there too
-everywhere = pytest.mark.parametrize("backend", ["auto", *AVAILABLE], indirect=True)
+pytestmark = pytest.mark.usefixtures("on_the_device")
 numpy_warns = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"
 )  # of the interpreter's infinities
@@ -34,29 +33,7 @@ every_name = pytest.mark.parametrize("name", NAMES)
 
 INF, NAN = math.inf, math.nan
 SIZES = (31, 32, 33, 49, 4097)  # around a vector, and more than one block of every dtype
-TORCHS = {
-    "identity": lambda z: z * 1,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "selu": F.selu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "gelu_sigmoid": lambda z: z * torch.sigmoid(1.702 * z),
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "mish": F.mish,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
 MODULES = [(nn.GELU, fastnorm.GELU), (nn.SiLU, fastnorm.SiLU), (nn.SELU, fastnorm.SELU)]
-
-
-@pytest.fixture(autouse=True)
-def _on_the_device(device: str) -> Iterator[None]:
-    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
-        yield
 
 
 def value_and_slope(function, x):
@@ -191,15 +168,6 @@ def test_slopes_at_the_limits(backend, name):
 
 # layouts, shapes, dtypes
 
-LAYOUTS = {
-    "0-d": lambda: torch.randn(()),
-    "empty": lambda: torch.randn(3, 0, 2),
-    "channels_last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-    "transposed": lambda: torch.randn(4, 6).t(),
-    "sliced": lambda: torch.randn(4, 9)[:, 2:7],
-    "expanded": lambda: torch.randn(1, 5).expand(4, 5),
-}
-
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("transposed_dy", [True, False])
@@ -299,94 +267,6 @@ def test_gelus_third_form(backend):
     torch.testing.assert_close((y, slope), expected)
 
 
-# in place
-
-INPLACE = {"silu": F.silu, "selu": F.selu}
-
-
-@everywhere
-@pytest.mark.parametrize("name", INPLACE)
-@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"expanded"}))  # which is refused
-def test_in_place_values(backend, name, layout):
-    x = LAYOUTS[layout]()
-    expected, strides = INPLACE[name](x), x.stride()
-    y = getattr(functional, name)(x, inplace=True)
-    assert y is x
-    assert x.stride() == strides
-    torch.testing.assert_close(x, expected)
-
-
-@everywhere
-def test_in_place_leaves_the_rest_of_a_slice_alone(backend):
-    whole = torch.randn(4, 9)
-    before = whole.clone()
-    functional.silu(whole[:, 2:7], inplace=True)
-    torch.testing.assert_close(whole[:, 2:7], F.silu(before[:, 2:7]))
-    assert torch.equal(whole[:, :2], before[:, :2])
-    assert torch.equal(whole[:, 7:], before[:, 7:])
-
-
-@everywhere
-def test_in_place_of_an_expanded_tensor_is_refused(backend):
-    x = torch.randn(1, 5).expand(4, 5)
-    with pytest.raises(RuntimeError, match="single memory location"):
-        functional.silu(x, inplace=True)
-
-
-@everywhere
-@pytest.mark.parametrize("name", [*INPLACE, "gelu", "relu6"])
-@pytest.mark.parametrize("sliced", [True, False])
-def test_in_place_gradients(backend, name, sliced):
-    leaf = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
-
-    def step(function):
-        x = leaf * 1
-        y = function(x[:, 2:7] if sliced else x)
-        loss = (x * x).sum() + (
-            y * y * y
-        ).sum()  # through the overwritten tensor, and through the result
-        (dx,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        return dx, torch.autograd.grad(dx.pow(2).sum(), leaf)[0]
-
-    def torchs(x):
-        return x.copy_(TORCHS[name](x.clone()))
-
-    found = step(lambda x: functional.activation(x, name, inplace=True))
-    torch.testing.assert_close(found, step(torchs))
-
-
-@everywhere
-def test_in_place_of_a_leaf_is_torchs_error(backend):
-    text = "a leaf Variable that requires grad is being used in an in-place operation."
-    for function in (functional.silu, functional.selu, F.silu):
-        with pytest.raises(RuntimeError, match=text):
-            function(torch.randn(3, requires_grad=True), inplace=True)
-    x = torch.randn(3, requires_grad=True)
-    with torch.no_grad():
-        assert functional.silu(x, inplace=True) is x
-
-
-@everywhere
-def test_in_place_counts_as_a_change(backend):
-    x = torch.randn(5, requires_grad=True) * 1
-    y = x.exp()  # saves its result
-    functional.silu(y, inplace=True)
-    z = x.sin()
-    before = x._version
-    functional.silu(x, inplace=True)
-    assert x._version > before
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        z.sum().backward()
-
-
-def test_input_changed_before_backward(backend):
-    x = torch.randn(5, requires_grad=True) * 1
-    y = functional.silu(x)
-    x.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
 # derivatives
 
 
@@ -429,132 +309,3 @@ def test_compiles(backend):
             torch.autograd.grad(f(x).pow(2).sum(), wanted) for f in (layer, compiled)
         )
         torch.testing.assert_close(found, expected)
-
-
-# Swish
-
-BETAS = {
-    "one": ((4, 5, 3), 1),
-    "channels": ((4, 5, 3), 5),
-    "channels-2d": ((4, 5), 5),
-    "channels_last": ((2, 8, 3, 4), 8),
-    "0-d": ((), 1),
-    "1-d": ((33,), 1),
-    "empty": ((0, 5), 5),
-}
-
-
-def composed(x, beta):
-    beta = beta.reshape(()) if beta.numel() == 1 else beta.view(-1, *[1] * (x.dim() - 2))
-    return x * torch.sigmoid(beta * x)
-
-
-@everywhere
-@pytest.mark.parametrize("case", BETAS)
-@pytest.mark.parametrize("learnable", [True, False])
-def test_swish(backend, case, learnable):
-    shape, num = BETAS[case]
-    x = torch.randn(shape, dtype=torch.float64)
-    if case == "channels_last":
-        x = x.to(memory_format=torch.channels_last)
-    x.requires_grad_()
-    layer = fastnorm.Swish(0.7, num, learnable, dtype=torch.float64)
-    with torch.no_grad():
-        layer.beta += torch.rand(num, dtype=torch.float64)
-    y, expected = layer(x), composed(x, layer.beta)
-    assert y.stride() == x.stride()
-    torch.testing.assert_close(y, expected)
-    wanted = (x, layer.beta) if learnable else (x,)
-    dy = torch.randn(shape, dtype=torch.float64)
-    torch.testing.assert_close(
-        torch.autograd.grad(y, wanted, dy), torch.autograd.grad(expected, wanted, dy)
-    )
-
-
-@everywhere
-def test_swish_of_beta_one_is_silu(backend):
-    x = torch.randn(100)
-    torch.testing.assert_close(functional.swish(x), F.silu(x))
-    torch.testing.assert_close(fastnorm.Swish()(x), F.silu(x))
-    torch.testing.assert_close(functional.swish(x, 1), functional.silu(x))
-
-
-@everywhere
-def test_swish_of_half_input_with_fp32_beta(backend):
-    x = torch.randn(4, 8, 9).half().requires_grad_()
-    beta = (torch.rand(8) + 0.5).requires_grad_()
-    y = functional.swish(x, beta)
-    dx, dbeta = torch.autograd.grad(y, (x, beta), torch.ones_like(y))
-    assert (y.dtype, dx.dtype, dbeta.dtype) == (torch.half, torch.half, torch.float32)
-    expected = torch.autograd.grad(composed(x.double(), beta.double()).sum(), (x, beta))
-    torch.testing.assert_close(dx, expected[0])
-    torch.testing.assert_close(dbeta, expected[1])
-
-
-@everywhere
-def test_swish_only_betas_gradient(backend):
-    x = torch.randn(4, 5, dtype=torch.float64)
-    layer = fastnorm.Swish(num_parameters=5, dtype=torch.float64)
-    (found,) = torch.autograd.grad(layer(x).sum(), layer.beta)
-    s = torch.sigmoid(x)
-    torch.testing.assert_close(found, (x * x * s * (1 - s)).sum(0))
-
-
-def test_swish_gradcheck(backend):
-    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    for size in (1, 3):
-        beta = torch.rand(size, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(functional.swish, (x, beta))
-        assert torch.autograd.gradgradcheck(functional.swish, (x, beta))
-
-
-@everywhere
-@pytest.mark.parametrize(("shape", "betas"), [((4, 5), 4), ((4,), 4), ((4, 5, 3), 3)])
-def test_swish_refuses_another_number_of_betas(backend, shape, betas):
-    with pytest.raises(ValueError, match="expected beta of one element or of shape"):
-        functional.swish(torch.randn(shape), torch.ones(betas))
-
-
-@everywhere
-def test_swish_refuses_another_device(backend):
-    with pytest.raises(RuntimeError, match="expected both on the same device"):
-        functional.swish(torch.randn(4, 5), torch.ones(5, device="meta"))
-
-
-def test_swish_layer():
-    layer = fastnorm.Swish(0.5, num_parameters=3)
-    assert repr(layer) == "Swish(beta=0.5, num_parameters=3, learnable=True)"
-    assert list(layer.state_dict()) == ["beta"]
-    with torch.no_grad():
-        layer.beta.add_(1)
-    layer.reset_parameters()
-    assert torch.equal(layer.beta, torch.full((3,), 0.5))
-    fixed = fastnorm.Swish(learnable=False)
-    assert list(fixed.state_dict()) == ["beta"]
-    assert not list(fixed.parameters())
-    assert repr(fixed) == "Swish(beta=1.0, num_parameters=1, learnable=False)"
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(other.beta, layer.beta)
-    with pytest.raises(
-        ValueError, match="num_parameters must be 1 or the number of channels, got 0"
-    ):
-        fastnorm.Swish(num_parameters=0)
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-def test_swish_of_many_tiles(monkeypatch):
-    from fastnorm.ops import launch
-    from fastnorm.ops.batch_norm import plan
-
-    monkeypatch.setattr(plan, "TILE_BYTES", 512)
-    x, dy = torch.randn(2, 4, 3, 7, 7).requires_grad_()
-    for size in (1, 3):
-        beta = (torch.rand(size) + 0.5).requires_grad_()
-        with fastnorm.backend("triton"):
-            y = functional.swish(x, beta)
-            found = torch.autograd.grad(y, (x, beta), dy, retain_graph=True)
-            again = torch.autograd.grad(y, (x, beta), dy)
-        expected = torch.autograd.grad(composed(x.double(), beta.double()), (x, beta), dy.double())
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(found[1], again[1]), "not deterministic"
-        assert not any(arena.any() for arena in launch._arenas.values())
