@@ -11,16 +11,10 @@ import torch
 
 import fastnorm
 from fastnorm.ops.activation import NAMES
-from tests.cases import (
-    EVERY,
-    Case,
-    Tensors,
-    batch_norm_pair,
-    batch_norm_tensors,
-    layer_norm_pair,
-    layer_norm_tensors,
-    swish_case,
-)
+from tests.cases.activation import swish_case
+from tests.cases.batch_norm import batch_norm_pair, batch_norm_tensors
+from tests.cases.case import EVERY, Case, Tensors
+from tests.cases.layer_norm import layer_norm_pair, layer_norm_tensors
 from tests.compare import assert_as_good_as_torch, run, same_bits
 
 GPU = torch.cuda.is_available()
