@@ -3,11 +3,9 @@
 // the ready fiber of least key runs. Keys are first in, first out (seed 0), last in, first out (1),
 // or random priorities of threads, warps or blocks that change now and then, so that some run far
 // ahead of others. A missing barrier shows as a NaN from fresh shared memory, or as a stale or too
-// new value. Every shared variable is a heap block of its exact size, whose bounds ASan knows.
+// new value.
 #include "engine.h"
 
-#include <cstdio>
-#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -17,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "block.h"
 #include "fiber.h"
 
 uint3 threadIdx, blockIdx;
@@ -26,51 +25,6 @@ namespace emulation {
 Device device;
 
 namespace {
-
-enum class State { ready, barrier, warp, done };
-struct Block;
-
-struct Thread {
-    Fiber fiber;
-    Block* block;
-    uint3 index;
-    int rank;  // in the block
-    State state;
-    const char* file;  // where it waits
-    int line;
-    Exchange kind;
-    unsigned mask;
-    int source;
-    Word value;  // sent, then received
-    bool vote;
-    const void* atomic;         // the last one touched
-    bool fenced;                // a fence since then
-    Word key;                   // the least runs first
-    std::vector<Copy> copies;   // to shared memory, not performed yet
-    std::vector<size_t> ended;  // how many of them each ended group has
-};
-
-struct Free {
-    void operator()(void* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<void, Free>;
-
-struct Warp {
-    unsigned alive = 0, waiting = 0;  // lanes
-    char order;                       // an address that stands for __syncwarp in TSan
-};
-
-struct Block {
-    uint3 index;
-    std::vector<Thread*> threads;
-    std::vector<Warp> warps;
-    size_t alive, waiting = 0;
-    unsigned votes = 0;  // of the last barrier
-    unsigned phase = 0;
-    char order[2];  // addresses that stand for the barrier in TSan
-    std::vector<std::pair<const void*, Memory>> shared;
-    Memory dynamic;
-};
 
 Home home;
 Thread* now;
@@ -85,22 +39,6 @@ size_t stalled;    // yields since anything changed
 size_t exchanges;  // of warps, likewise
 // two addresses in TSan: with one, a thread that starts late would be ordered after one that ended
 char launch_begin, launch_end;
-
-Memory fresh_shared(size_t bytes) {
-    void* p;
-    if (posix_memalign(&p, 128, bytes)) throw std::bad_alloc();
-    std::memset(p, 0xff, bytes);  // NaN in every type
-    return Memory(p);
-}
-
-std::string where(const Thread& t) {
-    char text[400];
-    const uint3 b = t.block->index, i = t.index;
-    std::snprintf(text, sizeof text, "block (%u,%u,%u) thread (%u,%u,%u) %s %s:%d", b.x, b.y, b.z,
-                  i.x, i.y, i.z, t.state == State::done ? "returned, last at" : "at", t.file,
-                  t.line);
-    return text;
-}
 
 void changed() {
     stalled = exchanges = 0;
