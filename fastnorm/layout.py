@@ -40,6 +40,10 @@ def overwrite(y: Tensor, x: Tensor, fill: Callable[[Tensor, Tensor], None]) -> N
     differ or leave gaps."""
     if x.stride() == y.stride() and _is_dense(y):
         fill(x, y)
+        if (
+            not y.is_inference()
+        ):  # as every in-place function of torch: saved for backward, it is no
+            torch.autograd.graph.increment_version(y)  # longer what was saved
     else:
         compact = dense(x)
         result = torch.empty_like(compact)

@@ -196,3 +196,60 @@ def test_kernels_launch_on_the_device_of_their_tensors(
         y = op.by[dispatch.ELSEWHERE[backend]](*inputs)
         torch.testing.assert_close(y, op.by[backend](*inputs))
     assert entered == [x.device] * 2
+
+
+class Stop(torch.autograd.Function):
+    """x + p, without a gradient for x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Tensor) -> Tensor:
+        return x + p
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, dy
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_gets_no_gradient_gives_none(name: str, backend: str, device: str) -> None:
+    if name == "weight_norm_group":
+        pytest.skip("its test is test_weight_norm_group.py's: layers that are not used")
+    x, p = (torch.randn(8, 4, device=device, requires_grad=True) for _ in range(2))
+    y = Stop.apply(LAYERS[name](x), p)
+    y.sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is None, "as torch's layers: an optimizer must not see zeros"
+    assert p.grad is not None
+
+
+def test_in_place_is_a_change_where_no_gradient_is_needed(backend: str, device: str) -> None:
+    x, w = torch.randn(4, device=device), torch.randn(4, device=device, requires_grad=True)
+    y = x * w
+    functional.silu(x, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()  # type: ignore[no-untyped-call]
+    with torch.inference_mode():
+        z = torch.ones(4, device=device)
+        assert functional.silu(z, inplace=True) is z
+
+
+def test_in_place_through_a_view_that_negates(backend: str, device: str) -> None:
+    z = torch.randn(3, 4, dtype=torch.complex64, device=device)
+    x, expected = z.conj().imag, torch.nn.functional.silu(-z.imag)
+    assert x.is_neg()
+    assert functional.silu(x, inplace=True) is x
+    torch.testing.assert_close(x, expected)
+    torch.testing.assert_close(z.imag, -expected)
+
+
+@pytest.mark.parametrize(
+    "shape, normalized", [((2, 0), (2, 0)), ((4, 2, 0), (2, 0)), ((3, 0), (0,))]
+)
+def test_layer_norm_of_nothing(
+    shape: tuple[int, ...], normalized: tuple[int, ...], backend: str, device: str
+) -> None:
+    x = torch.zeros(shape, device=device, requires_grad=True)
+    y = functional.layer_norm(x, normalized)
+    assert isinstance(y, Tensor)
+    assert y.shape == shape
+    y.sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None

@@ -88,7 +88,9 @@ _swish_backward = register(
 )
 
 
-def _gradient(x: Tensor, dy: Tensor, name: str) -> Tensor | None:
+def _gradient(x: Tensor, dy: Tensor | None, name: str) -> Tensor | None:
+    if dy is None:  # what torch gives no gradient gets none from us
+        return None
     if by_formula(dy):
         (dx,) = differentiable_backward(reference.ACTIVATIONS[name].value, (x,), dy)
         return dx
@@ -102,12 +104,13 @@ class ActivationFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str, way: str) -> Tensor:
         ctx.name = name
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
         y: Tensor = _forward.by[way](x, name)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         return _gradient(x, dy, ctx.name), None, None
 
@@ -121,13 +124,14 @@ class InplaceActivationFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, target: Tensor, name: str, way: str) -> Tensor:
         ctx.name = name
+        ctx.set_materialize_grads(False)
         ctx.mark_dirty(target)
         ctx.save_for_backward(x)
         _forward_.by[way](x, target, name)
         return target
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         # not through the other Function's backward: Dynamo cannot trace one from within another
         (x,) = ctx.saved_tensors
         return _gradient(x, dy, ctx.name), None, None, None
@@ -141,12 +145,15 @@ class SwishFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, beta: Tensor, way: str) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, beta)
         y: Tensor = _swish_forward.by[way](x, beta)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return None, None, None
         x, beta = ctx.saved_tensors
         if by_formula(dy):
             return *differentiable_backward(reference.swish, (x, beta), dy), None
@@ -211,6 +218,8 @@ def _by_our_op(way: str, input: Tensor, name: str, inplace: bool) -> Tensor:
     if not inplace:
         x = input if input.is_contiguous() else layout.dense(input)
         return _apply[way](x, name, way)  # type: ignore[no-any-return]
+    if input.is_neg():  # no kernel can write through a view that negates
+        return input.copy_(_by_our_op(way, input.clone(), name, False))
     if torch.is_grad_enabled() and input.requires_grad:
         if input.is_leaf:
             raise RuntimeError(

@@ -97,12 +97,15 @@ class BatchNormFunction(torch.autograd.Function):
         )
         plain = activation == "identity"
         ctx.save_for_backward(x, None if plain else residual, weight, bias, statistics)
+        ctx.set_materialize_grads(False)  # what torch gives no gradient gets none from us
         ctx.settings = settings
         result: Tensor = y
         return result
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Gradients:
+    def backward(ctx: Any, dy: Tensor | None) -> Gradients:
+        if dy is None:
+            return (None,) * 9
         x, residual, weight, bias, statistics = ctx.saved_tensors
         batch_stats, _, eps, activation = ctx.settings
         plain = activation == "identity"

@@ -63,6 +63,7 @@ class MeanOnlyBatchNormFunction(torch.autograd.Function):
         way: str,
     ) -> Tensor:
         ctx.save_for_backward(bias)
+        ctx.set_materialize_grads(False)
         y: Tensor = _forward.by[way](
             x, bias, running_mean, num_batches_tracked, batch_stats, momentum
         )
@@ -70,7 +71,9 @@ class MeanOnlyBatchNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Gradients:
+    def backward(ctx: Any, dy: Tensor | None) -> Gradients:
+        if dy is None:
+            return (None,) * 7
         (bias,) = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
         if by_formula(dy):  # linear in x and bias: the gradients depend on dy alone

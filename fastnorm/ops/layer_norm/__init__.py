@@ -103,10 +103,10 @@ class LayerNormFunction(torch.autograd.Function):
             x, residual, weight, bias, dims, eps, activation, dtype, want_sum
         )
         ctx.settings = settings
+        ctx.set_materialize_grads(False)  # what torch gives no gradient gets none from us
         ctx.save_for_backward(x if residual is None else total, weight, bias, statistics)
         if residual is None:
             return y  # type: ignore[no-any-return]
-        ctx.set_materialize_grads(False)
         return y, total
 
     @staticmethod

@@ -202,8 +202,6 @@ def _cut_views(
         transposed=sum(map(rows_adjacent, views)),
         processors=launch.processors(device),
     )
-    if x.numel() == 0:
-        return Cut(shape, None, None, 0, False)
     if wants is None:
         plan = forward_plan(shape, limits)
     else:
@@ -219,6 +217,9 @@ def _cut(
 ) -> Cut:
     """How kernels read tensors of one shape and these strides and dtypes, one after the other.
     Decided on tensors without data: shapes and strides are all that a call looks at."""
+    if 0 in shape:
+        rows = math.prod(shape[: len(shape) - dims])
+        return Cut(Shape(rows, rows, 0, 0, 0, 0), None, None, 0, False)
     tensors = [
         torch.empty(shape, dtype=dtype, device="meta")
         if strides is None  # contiguous

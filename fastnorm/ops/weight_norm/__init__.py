@@ -108,11 +108,14 @@ class WeightNormFunction(torch.autograd.Function):
     ) -> Tensor:
         w, norm = _forward.by[way](v, g, dim, eps)
         ctx.dim, ctx.eps = dim, eps
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(v, g, norm)
         return w  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dw: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dw is None:  # what torch gives no gradient gets none from us
+            return (None,) * 5
         v, g, norm = ctx.saved_tensors
         if by_formula(dw):
             dv, dg = differentiable_backward(
