@@ -8,6 +8,7 @@ import importlib.util
 import os
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -57,15 +58,32 @@ if HAS_TRITON and not torch.cuda.is_available():
 AVAILABLE = [name for name, missing in fastnorm.backends().items() if missing is None]
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @pytest.fixture
 def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return DEVICE
+
+
+def _made_there(device: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.device(device) if device != "cpu" else contextlib.nullcontext()
 
 
 @pytest.fixture
 def on_the_device(device: str) -> Iterator[None]:
     """New tensors are made there: for tests that name no device."""
-    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
+    with _made_there(device):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _kernels_are_given_tensors_they_serve(request: pytest.FixtureRequest) -> Iterator[None]:
+    """New tensors are made on the GPU, where there is one, in tests of our kernels: written on a
+    CPU, some name no device."""
+    case = getattr(request.node, "callspec", None)
+    ours = case is not None and case.params.get("backend") in ("triton", "cuda")
+    with _made_there(DEVICE if ours else "cpu"):
         yield
 
 

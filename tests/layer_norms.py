@@ -3,16 +3,12 @@ torch's own."""
 
 from __future__ import annotations
 
-import os
-
-# the tensors are on the CPU, where Triton's kernels run interpreted alone
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
 
 from fastnorm import dispatch
 from fastnorm.ops.layer_norm import layer_norm
+from tests.conftest import DEVICE
 
 HALF = (torch.float16, torch.bfloat16)
 NUMPY_WARNS = pytest.mark.filterwarnings(
@@ -21,7 +17,8 @@ NUMPY_WARNS = pytest.mark.filterwarnings(
 
 
 def randn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cpu").to(DEVICE, dtype)
 
 
 def nhwc(n, c, h, w):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastnorm
-from tests.conftest import AVAILABLE
+from tests.conftest import AVAILABLE, DEVICE
 
 # no size is one of the batch sizes of the tests: Dynamo takes equal sizes for one
 PLANES, ROWS = (3, 4, 6, 2), (3, 2, 8)
@@ -47,12 +47,12 @@ torch_warns = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-def make_layer(name: str, device: str = "cpu") -> nn.Module:
+def make_layer(name: str, device: str = DEVICE) -> nn.Module:
     """In fp64: only a wrong formula can then differ by more than rounding."""
     return LAYERS[name][0]().to(device, torch.float64).train()
 
 
-def make_input(name: str, N: int = 3, device: str = "cpu") -> Tensor:
+def make_input(name: str, N: int = 3, device: str = DEVICE) -> Tensor:
     shape = (N, *LAYERS[name][1][1:])
     return (torch.randn(shape, dtype=torch.float64, device=device) * 2 + 1).requires_grad_()
 

@@ -22,6 +22,7 @@ from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
 from benchmarks.small import every_kind
 from benchmarks.small import main as check_small
+from tests.conftest import DEVICE
 
 # op, variant, shape, layout, dtype, forward, backward: counted by hand, tensor by tensor
 HAND_COUNTS = [
@@ -238,7 +239,7 @@ def test_check_of_every_way(backend: str, op: str, capsys: pytest.CaptureFixture
     """Without a GPU: Triton's kernels interpreted, the CUDA sources compiled by g++."""
     if (missing := fastnorm.backends()[backend]) is not None:
         pytest.skip(missing)
-    assert small.check(backend, "cpu", [op], every_way=True) == 0
+    assert small.check(backend, DEVICE, [op], every_way=True) == 0
     said = capsys.readouterr().out.splitlines()
     assert any(line.endswith(", as it is: right") for line in said)
     assert sum(line.endswith("right") for line in said) > 1, said

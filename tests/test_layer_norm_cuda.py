@@ -17,9 +17,12 @@ from fastnorm.ops.activation import NAMES, reference
 from fastnorm.ops.layer_norm import cuda, layer_norm
 from tests.compare import assert_as_good_as_torch
 
-pytestmark = pytest.mark.skipif(
-    backends()["cuda"] is not None, reason=f"no CUDA backend here: {backends()['cuda']}"
-)
+pytestmark = [
+    pytest.mark.usefixtures("on_the_device"),
+    pytest.mark.skipif(
+        backends()["cuda"] is not None, reason=f"no CUDA backend here: {backends()['cuda']}"
+    ),
+]
 
 # Rows of more than 64 bytes are cut into chunks of at most 64, groups have at most 3 rows.
 CHUNKS = cuda.Limits(forward=4, backward=4, forward_chunk=4, backward_chunk=4, group=3)

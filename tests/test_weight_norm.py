@@ -3,11 +3,6 @@ interpreted Triton kernels."""
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
 import pytest
 import torch
 from torch.autograd.gradcheck import GradcheckError
@@ -15,7 +10,7 @@ from torch.autograd.gradcheck import GradcheckError
 from fastnorm import dispatch
 from fastnorm.ops import weight_norm as family
 from fastnorm.ops.weight_norm import weight_norm as function
-from tests.conftest import AVAILABLE
+from tests.conftest import AVAILABLE, DEVICE
 
 # torch's own: from torch.func and opcheck; from Dynamo, of every autograd Function
 pytestmark = [
@@ -43,9 +38,10 @@ def torch_dim(dim):
 
 
 def inputs(shape, dim, dtype):
-    v = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    seeded = torch.Generator().manual_seed
+    v = torch.randn(shape, generator=seeded(0), device="cpu").to(DEVICE, dtype)
     g = torch.rand_like(torch.norm_except_dim(v, 2, torch_dim(dim))) + 0.5
-    dw = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dw = torch.randn(shape, generator=seeded(1), device="cpu").to(DEVICE, dtype)
     return v, g, dw
 
 

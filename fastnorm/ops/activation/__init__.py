@@ -218,7 +218,8 @@ def _by_our_op(way: str, input: Tensor, name: str, inplace: bool) -> Tensor:
     if not inplace:
         x = input if input.is_contiguous() else layout.dense(input)
         return _apply[way](x, name, way)  # type: ignore[no-any-return]
-    if input.is_neg():  # no kernel can write through a view that negates
+    # no kernel can write through a view that negates; Dynamo cannot ask for it
+    if not torch.compiler.is_compiling() and input.is_neg():
         return input.copy_(_by_our_op(way, input.clone(), name, False))
     if torch.is_grad_enabled() and input.requires_grad:
         if input.is_leaf:
