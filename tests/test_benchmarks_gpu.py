@@ -27,7 +27,7 @@ def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str
 
 def test_dry_run(tmp_path: Path) -> None:
     done = run(
-        "--dry-run", 100, tmp_path / "out", FASTNORM_COMMIT="0123abc",
+        "--dry-run", 300, tmp_path / "out", FASTNORM_COMMIT="0123abc",
         FASTNORM_TESTS="tests/test_activation.py",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
