@@ -20,7 +20,6 @@ from torch._C import (
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import (
     is_functorch_wrapped_tensor,
-    is_legacy_batchedtensor,
     unwrap_if_dead,
 )
 from torch.autograd import forward_ad
@@ -386,11 +385,6 @@ def way_to_backend(family: str, x: Tensor) -> str:
     """The way of a call that torch's dispatcher has nothing to do with any more."""
     backend = select(family, x)
     return _placed(backend, x) if x.is_cuda else backend
-
-
-def batched(dy: Tensor) -> bool:
-    """Whether dy is many gradients in one (is_grads_batched), which have no data to point at."""
-    return is_legacy_batchedtensor(dy)
 
 
 def select(family: str, x: Tensor) -> str:

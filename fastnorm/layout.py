@@ -40,10 +40,9 @@ def overwrite(y: Tensor, x: Tensor, fill: Callable[[Tensor, Tensor], None]) -> N
     differ or leave gaps."""
     if x.stride() == y.stride() and _is_dense(y):
         fill(x, y)
-        if (
-            not y.is_inference()
-        ):  # as every in-place function of torch: saved for backward, it is no
-            torch.autograd.graph.increment_version(y)  # longer what was saved
+        # as torch's in-place functions do: y is no longer what a backward may have saved
+        if not y.is_inference():
+            torch.autograd.graph.increment_version(y)
     else:
         compact = dense(x)
         result = torch.empty_like(compact)

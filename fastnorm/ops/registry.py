@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from fastnorm import dispatch
 
@@ -97,11 +98,12 @@ def applied(function: type[torch.autograd.Function]) -> dict[str, Callable[..., 
 
 def by_formula(*gradients: Tensor | None) -> bool:
     """Whether backward has to be made of torch's functions: it will be differentiated itself
-    (create_graph=True), or its gradients are batched."""
+    (create_graph=True), or its gradients are batched (is_grads_batched) and have no data to point
+    at."""
     if torch.is_grad_enabled():
         return True
     return not torch.compiler.is_compiling() and any(
-        dy is not None and dispatch.batched(dy) for dy in gradients
+        dy is not None and is_legacy_batchedtensor(dy) for dy in gradients
     )
 
 
