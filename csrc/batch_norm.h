@@ -58,12 +58,16 @@ struct BatchNormPlan {
     unsigned batches;  // of a tile
     unsigned held;     // batches of a tile that stay in shared memory
     unsigned lag;      // tiles by which applying stays behind reducing, beyond a group
+    // how members tell each other what they found: see Exchange
+    unsigned fan, branches;  // members of a branch, branches of a group; no branches: 0
+    unsigned partial_rows;   // of channels: of members, of branches, the result
+    unsigned arrivals;       // counters of a group
     // for the launcher and for Python
     bool ordered;  // blocks talk through counters
     unsigned blocks;
     long tiles_bytes, table_bytes, shared_bytes;
     long partials;  // wide elements
-    long counters;  // ticket, finished blocks, arrivals of each group
+    long counters;  // ticket, finished blocks, those of each group
 };
 
 // What the plan depends on beside the shape.
@@ -97,7 +101,7 @@ struct BatchNormForward {
     BatchNormRunning running;
     const void *x, *residual;
     Array weight, bias;  // [C]
-    void* partials;      // [groups, members, channels] moments
+    void* partials;      // [groups, partial_rows, channels] moments
     unsigned* counters;  // zero before and after
     double eps;
     Activation activation;
@@ -125,7 +129,7 @@ struct BatchNormBackward {
     Array weight, bias;        // [C]
     const void *mean, *rstd;   // [C], wide
     const void *sums, *count;  // [2, C] and [], wide: given sums (synchronised), or null
-    void* partials;            // [groups, members, channels] pairs of sums
+    void* partials;            // [groups, partial_rows, channels] pairs of sums
     unsigned* counters;        // zero before and after
     Activation activation;
     bool center_only;  // mean-only: x, mean and rstd are null

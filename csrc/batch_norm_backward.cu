@@ -194,30 +194,6 @@ __device__ __forceinline__ void settle(const BatchNormBackward& a, unsigned grou
     if (Count > 1) values[kMeanDzXHat * p.channels + t] = dweight / count * rstd;
 }
 
-// Leaves a tile's sums to the group's other blocks.
-template <class S>
-__device__ __forceinline__ void publish(const BatchNormBackward& a, const Work& work,
-                                        const S& found) {
-    const BatchNormPlan& p = a.plan;
-    S* partials = partials_of<S>(a.partials, p, work.group) + long(work.member) * p.channels;
-    if (int(threadIdx.x) < p.channels) partials[threadIdx.x] = found;
-    if (p.form != BatchNormForm::pass) arrive(a.counters + kArrivals + work.group);
-}
-
-// Whether this block sees what all blocks of its group have published: it waits for them, or, where
-// nothing else is left to do, has to be the last of them.
-__device__ __forceinline__ bool gather(const BatchNormBackward& a, const Work& work) {
-    const BatchNormPlan& p = a.plan;
-    unsigned* arrivals = a.counters + kArrivals + work.group;
-    if (p.form != BatchNormForm::pass) {
-        wait(arrivals, p.members);
-        return true;
-    }
-    const bool last = arrive_last(arrivals, p.members);
-    if (last && threadIdx.x == 0) *arrivals = 0;
-    return last;
-}
-
 template <class T, class Activity, bool kCenterOnly, bool kLast>
 __global__ void __launch_bounds__(kThreads, blocks_for(kLast, sizeof(T)))
     batch_norm_backward_kernel(const __grid_constant__ BatchNormBackward a) {
@@ -227,6 +203,7 @@ __global__ void __launch_bounds__(kThreads, blocks_for(kLast, sizeof(T)))
     const bool one_pass = p.form == BatchNormForm::pass, shares = p.partials > 0;
     const Work work = take_work(p, a.counters);
     const Shared<T, S> shared(p);
+    const Exchange<W, S> exchange(p, a.partials, a.counters, work.group, shared.table);
     const T* operands[kCenterOnly ? 1 : 3];
     operands[0] = static_cast<const T*>(a.x);
     operands[kDy<kCenterOnly>] = static_cast<const T*>(a.dy);
@@ -254,7 +231,8 @@ __global__ void __launch_bounds__(kThreads, blocks_for(kLast, sizeof(T)))
         S found = {};
         if (sweep.reduces) {
             found = combine_block<W>(channels.sums, p.lanes, p.columns, shared.table);
-            if (shares) publish(a, work, found);
+            if (shares && one_pass) exchange.leave(work.member, found);
+            if (shares && !one_pass) exchange.publish(work.member, found);
         }
         if (!one_pass && !work.applies) break;
         if (!one_pass) {
@@ -262,8 +240,8 @@ __global__ void __launch_bounds__(kThreads, blocks_for(kLast, sizeof(T)))
             tile.advance(0);
         }
         if (shares) {
-            if (!gather(a, work)) break;
-            found = combine_members<W>(partials_of<S>(a.partials, p, work.group), p, shared.table);
+            if (!one_pass) found = exchange.gather();
+            if (one_pass && !exchange.gather_last(&found)) break;
         }
         settle(a, work.group, one_pass || work.member == 0, found, rstd, shared.values);
         if (one_pass) break;

@@ -239,8 +239,7 @@ __global__ void __launch_bounds__(kThreads, blocks_for(kLast, sizeof(T)))
     ForwardTile<T, kLast> tile(p, {x}, residual, true, shared.tiles, work);
 
     Moments<W> found = {};
-    Moments<W>* partials = partials_of<Moments<W>>(a.partials, p, work.group);
-    unsigned* arrivals = a.counters + kArrivals + work.group;
+    const Exchange<W, Moments<W>> exchange(p, a.partials, a.counters, work.group, shared.table);
     if (work.reduces) {
         Moments<W> mine[K];
         collect(a, tile, shared, mine);
@@ -253,18 +252,15 @@ __global__ void __launch_bounds__(kThreads, blocks_for(kLast, sizeof(T)))
         tile.advance(0);
     }
     if (a.batch_stats && p.partials > 0) {
-        if (const int t = threadIdx.x; work.reduces && t < p.channels)
-            partials[long(work.member) * p.channels + t] = found;
         if (a.y == nullptr) {
-            if (!arrive_last(arrivals, p.members)) return;
-            if (threadIdx.x == 0) *arrivals = 0;
+            exchange.leave(work.member, found);
+            if (!exchange.gather_last(&found)) return;
             work.member = 0;
-        } else if (work.reduces) {
-            arrive(arrivals);
+        } else {
+            if (work.reduces) exchange.publish(work.member, found);
+            if (!work.applies) return finish(a.counters, p.counters, a.running.num_batches_tracked);
+            found = exchange.gather();
         }
-        if (!work.applies) return finish(a.counters, p.counters, a.running.num_batches_tracked);
-        if (a.y != nullptr) wait(arrivals, p.members);
-        found = combine_members<W>(partials, p, shared.table);
     }
     settle(a, work, found, shared.values);
     if (a.y == nullptr) return;

@@ -1,5 +1,7 @@
 // How batch norm's kernels cut a tensor and which form they take: one closed rule, here alone.
 // Nothing depends on more than shape, strides, dtype and the size of the device.
+#include <algorithm>
+
 #include "batch_norm_tiles.cuh"
 
 namespace fastnorm {
@@ -10,6 +12,7 @@ using namespace batch_norm;
 constexpr long kRun = 1024;           // bytes of adjacent memory worth a read of their own
 constexpr long kLine = 128;           // bytes of channels, where these are adjacent
 constexpr int kWidest = 128;          // channels, where as many as memory likes are adjacent
+constexpr long kMerge = 8 << 10;      // bytes of partial results that every block may read
 constexpr long kInFlight = 13 << 20;  // of L2, taken by tiles between their two reads
 
 long divide_up(long a, long b) {
@@ -224,6 +227,13 @@ cudaError_t Planner::choose() {
         take_memory(p.batches, false);
         FASTNORM_TRY(resident(&blocks));
         if (p.members == 1 || p.members <= most_waiting(blocks)) return finish();
+        // fewer and larger tiles
+        const long needed = divide_up(p.total, std::max(most_waiting(blocks), 1u));
+        if (request.batches > 0 || needed > most) continue;
+        split(unsigned(needed));
+        take_memory(p.batches, false);
+        FASTNORM_TRY(resident(&blocks));
+        if (p.members <= most_waiting(blocks)) return finish();
     }
     if (request.form == int(BatchNormForm::hold)) return cudaErrorCooperativeLaunchTooLarge;
 
@@ -259,9 +269,15 @@ cudaError_t Planner::finish() {
     p.blocks = unsigned(blocks);
     const bool shares = p.members > 1 || p.form == BatchNormForm::ticket;
     const long partial = request.backward ? 2 : 3;
-    p.partials = shares ? long(p.groups) * p.members * p.channels * partial : 0;
+    if (p.form != BatchNormForm::pass && p.members * p.channels * partial * wide > kMerge) {
+        while (p.fan * p.fan < p.members) ++p.fan;
+        p.branches = (p.members + p.fan - 1) / p.fan;
+    }
+    p.partial_rows = p.members + p.branches + (p.branches > 0);
+    p.arrivals = p.branches > 0 ? 2 + p.branches : 1;
+    p.partials = shares ? long(p.groups) * p.partial_rows * p.channels * partial : 0;
     p.ordered = shares || p.form == BatchNormForm::hold || p.form == BatchNormForm::stream;
-    p.counters = kArrivals + (p.ordered ? p.groups : 0);
+    p.counters = kArrivals + (p.ordered ? long(p.groups) * p.arrivals : 0);
     return cudaSuccess;
 }
 

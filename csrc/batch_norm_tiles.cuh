@@ -327,21 +327,72 @@ __device__ __forceinline__ E combine_block(E (&mine)[K], int lanes, int columns,
     return all;
 }
 
-template <class E>
-__device__ __forceinline__ E* partials_of(void* partials, const BatchNormPlan& p, unsigned group) {
-    return static_cast<E*>(partials) + long(group) * p.members * p.channels;
-}
-
-// What all members of a group have published, combined: thread c returns it for channel c.
+// What `count` blocks have left, combined: thread c returns it for channel c.
 template <class W, class E>
-__device__ __forceinline__ E combine_members(const E* partials, const BatchNormPlan& p, E* table) {
+__device__ __forceinline__ E combine_partials(const E* partials, unsigned count,
+                                              const BatchNormPlan& p, E* table) {
     const int channel = threadIdx.x & (p.channels - 1), width = bits(p.channels);
     E mine[1] = {};
 #pragma unroll 4
-    for (unsigned m = threadIdx.x >> width; m < p.members; m += kThreads >> width)
+    for (unsigned m = threadIdx.x >> width; m < count; m += kThreads >> width)
         mine[0] = combine(mine[0], partials[long(m) * p.channels + channel]);
     return combine_block<W>(mine, 1, p.channels, table);
 }
+
+// How the members of a group tell each other what they found, per channel. Few of them: each
+// combines what all left. Many: the last of each `fan` to arrive combines what those left, the last
+// of these the rest, and all others read the result alone.
+template <class W, class E>
+struct Exchange {
+    const BatchNormPlan& p;
+    E *partials, *branches, *result;
+    unsigned*
+        arrivals;  // of all members, or of the result; then of branches; then of each's members
+    E* table;
+
+    __device__ __forceinline__ Exchange(const BatchNormPlan& plan, void* all, unsigned* counters,
+                                        unsigned group, E* memory)
+        : p(plan), arrivals(counters + kArrivals + group * plan.arrivals), table(memory) {
+        partials = static_cast<E*>(all) + long(group) * p.partial_rows * p.channels;
+        branches = partials + long(p.members) * p.channels;
+        result = branches + long(p.branches) * p.channels;
+    }
+
+    __device__ __forceinline__ void leave(unsigned member, const E& found) const {
+        if (int(threadIdx.x) < p.channels)
+            partials[long(member) * p.channels + threadIdx.x] = found;
+    }
+
+    __device__ __forceinline__ void publish(unsigned member, const E& found) const {
+        leave(member, found);
+        if (p.branches == 0) return arrive(arrivals);
+        const unsigned branch = member / p.fan, first = branch * p.fan;
+        const unsigned size = min(p.fan, p.members - first);
+        const bool thread = int(threadIdx.x) < p.channels;
+        if (!arrive_last(arrivals + 2 + branch, size)) return;
+        E all = combine_partials<W>(partials + long(first) * p.channels, size, p, table);
+        if (thread) branches[long(branch) * p.channels + threadIdx.x] = all;
+        if (!arrive_last(arrivals + 1, p.branches)) return;
+        all = combine_partials<W>(branches, p.branches, p, table);
+        if (thread) result[threadIdx.x] = all;
+        arrive(arrivals);
+    }
+
+    // Waits for all members.
+    __device__ __forceinline__ E gather() const {
+        wait(arrivals, p.branches == 0 ? p.members : 1);
+        if (p.branches == 0) return combine_partials<W>(partials, p.members, p, table);
+        return int(threadIdx.x) < p.channels ? result[threadIdx.x] : E{};
+    }
+
+    // The same where nothing else is left to do: only the last member to come gets it.
+    __device__ __forceinline__ bool gather_last(E* found) const {
+        if (!arrive_last(arrivals, p.members)) return false;
+        if (threadIdx.x == 0) *arrivals = 0;
+        *found = combine_partials<W>(partials, p.members, p, table);
+        return true;
+    }
+};
 
 // ---- activations --------------------------------------------------------------------------------
 

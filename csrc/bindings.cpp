@@ -119,6 +119,7 @@ void bind_batch_norm(py::module_& m) {
         .def_readonly("groups", &BatchNormPlan::groups)
         .def_readonly("channels", &BatchNormPlan::channels)
         .def_readonly("members", &BatchNormPlan::members)
+        .def_readonly("branches", &BatchNormPlan::branches)
         .def_readonly("batches", &BatchNormPlan::batches)
         .def_readonly("held", &BatchNormPlan::held)
         .def_readonly("blocks", &BatchNormPlan::blocks)

@@ -40,12 +40,15 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 }
 
 
+ROOM = {"blocks_per_sm": 8}  # for the blocks of a group
+
+
 def configure(seed: int) -> None:
-    """A device with room for the blocks of a group, where the engine is the device."""
+    """A schedule and, where the engine is the device, its size."""
     from fastnorm.ops.extension import extension
 
     if hasattr(extension(), "engine"):
-        extension().engine.configure(seed=seed, blocks_per_sm=8 if seed >= 0 else 2)
+        extension().engine.configure(seed=seed, **(ROOM if seed >= 0 else {}))
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +119,26 @@ def check(op: Callable[..., Any], tensors: list[Any], *settings: Any) -> None:
         configure(seed)
         for f, again in zip(first, run(op, *tensors, *settings), strict=True):
             assert f is None or torch.equal(f, again), f"other bits under schedule {seed}"
+
+
+@pytest.fixture
+def many_members(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """So many blocks to a group of so many channels that they do not all read what all left."""
+    for name, value in {"blocks_per_sm": 2, "sms": 64, "resident": 64}.items():
+        monkeypatch.setitem(ROOM, name, value)
+    configure(0)
+    x = (1 + torch.randn(2, 64, 56, 56)).to(torch.bfloat16)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+def test_many_members(form: str, activation: str, many_members: Tensor) -> None:
+    from fastnorm.ops.batch_norm import cuda
+
+    x = many_members
+    cut = cuda.plan(x, x, activation, True, False, 3, 0)
+    assert (cut.branches > 1) == (form != "owner")
+    check(family._backward, given(x), True, activation, [True] * 4)
 
 
 def test_each_form_is_tested_as_what_it_is(form: str) -> None:

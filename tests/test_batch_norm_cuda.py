@@ -15,7 +15,7 @@ from fastnorm import layout
 from fastnorm.ops import batch_norm as family
 from fastnorm.ops import launch
 from fastnorm.ops.activation import NAMES
-from fastnorm.ops.batch_norm import mean_only, sync
+from fastnorm.ops.batch_norm import cuda, mean_only, sync
 from tests.compare import FLOOR, relative_error
 from tests.conftest import AVAILABLE
 from tests.test_batch_norm_backward_cuda import (
@@ -24,6 +24,7 @@ from tests.test_batch_norm_backward_cuda import (
     _cuda,  # noqa: F401  (a fixture of every test)
     configure,
     form,  # noqa: F401  (a fixture)
+    many_members,  # noqa: F401  (a fixture)
 )
 
 pytestmark = [
@@ -106,6 +107,13 @@ def check(op: Callable[..., Any], tensors: list[Any], settings: tuple[Any, ...])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_training(form: str, name: str, activation: str) -> None:  # noqa: F811
     check(family._forward, *training(sample(name), activation))
+
+
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+def test_many_members(form: str, activation: str, many_members: Tensor) -> None:  # noqa: F811
+    x = many_members
+    assert (cuda.plan(x, x, activation, False, False, 1, 0).branches > 1) == (form != "owner")
+    check(family._forward, *training(x, activation))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
