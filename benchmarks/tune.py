@@ -22,6 +22,7 @@ from benchmarks.command import measured
 from benchmarks.jobs import FAST_S, SLOW_S
 from benchmarks.measure import Bench, blank
 from benchmarks.ops import OPS
+from benchmarks.prepare import add_prepare
 from benchmarks.problems import DTYPES, TRAINING, Problem
 from benchmarks.providers import Ours
 from benchmarks.refused import Refused, device_of
@@ -225,7 +226,7 @@ def tune(chosen: argparse.Namespace) -> int:
     if device == "cpu":
         note += ", interpreted on a CPU: their times say nothing of a GPU"
         print(note)
-    status, left_out = measured(jobs, device, budget, out, note)
+    status, left_out = measured(jobs, device, budget, out, note, chosen.prepare)
     if status:
         return status
     results = schema.load(out)
@@ -261,5 +262,6 @@ def register(subparsers: Any, seconds: Any, several: Callable[[Sequence[str]], A
         "--budget", type=seconds, metavar="SECONDS",
         help=f"default {GPU_BUDGET:.0f}, on a CPU {CPU_BUDGET:.0f}",
     )  # fmt: skip
+    add_prepare(made, seconds)
     made.add_argument("--out", type=Path, help="default: a new file in benchmarks/tuning/")
     made.set_defaults(run=tune)
