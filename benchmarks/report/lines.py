@@ -189,13 +189,17 @@ def choose(rows: list[Row], ops: list[str] | None) -> list[Row]:
     return [row for row in rows if not ops or row.op in ops]
 
 
+def state(e: Environment) -> tuple[object, ...]:
+    """Device and state of the code: files that agree in it are one run."""
+    versions = (e.device, e.driver, e.torch, e.triton, e.fastnorm, e.commit, e.dirty)
+    return (e.on_cpu, *versions)
+
+
 def runs(results: Iterable[Results], ops: list[str] | None = None) -> list[Run]:
     """One run per device and state of the code, GPUs first: what may stand in one picture."""
     groups: dict[tuple[object, ...], list[Results]] = {}
     for result in sorted(results, key=lambda r: r.environment.timestamp):
-        e = result.environment
-        versions = (e.device, e.driver, e.torch, e.triton, e.fastnorm, e.commit, e.dirty)
-        groups.setdefault((e.on_cpu, *versions), []).append(result)
+        groups.setdefault(state(result.environment), []).append(result)
     every = [row for group in groups.values() for result in group for row in result.rows]
     choose(every, ops)
     found = []
