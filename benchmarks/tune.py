@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import fastnorm
-from benchmarks import schema, suites
+from benchmarks import schema, suites, two_launches
+from benchmarks.calls import Call, through_autograd
 from benchmarks.candidates import Changes, applied, candidates, knobs, label, rules_choice
 from benchmarks.command import measured
 from benchmarks.jobs import FAST_S, SLOW_S
 from benchmarks.measure import Bench, blank
-from benchmarks.ops import OPS
+from benchmarks.ops import OPS, Tensors
 from benchmarks.prepare import add_prepare
 from benchmarks.problems import DTYPES, TRAINING, Problem
 from benchmarks.providers import Ours
@@ -50,6 +51,11 @@ class Candidate(Ours):
         assert self.problem is not None
         with super().active(), applied(knobs(self.problem, self.backend), self.changes):
             yield
+
+    def bind(self, problem: Problem, tensors: Tensors) -> Call:
+        if problem.op != "batch_norm" or two_launches.LAUNCHES == 1:
+            return super().bind(problem, tensors)
+        return through_autograd(two_launches.ours(problem), tensors)
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,7 @@ def problems_of(chosen: argparse.Namespace, device: str) -> list[Problem]:
         found = list(dict.fromkeys(found))  # a suite may have asked for one of the modes only
         first: dict[tuple[object, ...], Problem] = {}
         found.sort(key=lambda p: first.setdefault((p.shape, p.layout, p.itemsize), p) is not p)
+        found = found[: len(first)] if chosen.distinct else found
         if not found:
             there = dict.fromkeys(f"{p.variant} {p.layout} {p.dtype}" for p in every)
             raise Refused(
@@ -249,6 +256,10 @@ def register(subparsers: Any, seconds: Any, several: Callable[[Sequence[str]], A
         help=f"every shape of {', '.join(suites.SUITES)}, the important ones first",
     )  # fmt: skip
     made.add_argument("--knob", nargs="+", metavar="NAME", help="turn no other; default: all")
+    made.add_argument(
+        "--distinct", action="store_true",
+        help="of a suite one problem, the most important, of each shape, layout and width of type",
+    )  # fmt: skip
     every = "default: of a shape the op's first, of a suite all"
     made.add_argument("--variant", help=every)
     made.add_argument("--layout", help=every)
