@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(commands)
     report.register(commands)
     tune.register(commands, seconds, several)
-    probe.register(commands, several, Flat)
+    probe.register(commands, seconds, several, Flat)
     training.register(commands, several)
     return made
 
