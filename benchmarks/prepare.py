@@ -29,6 +29,7 @@ from benchmarks.providers import Compiled, Ours
 
 MOST = 12  # processes: each has a context of its own on the device
 MEMORY = 0.85  # of the device's, of all of them together
+LEAST = 4 << 30  # bytes of the device's memory for each: a context takes half a gigabyte
 JIT_PEERS = ("liger-kernel",)  # a peer that tunes is not among them: it may keep what it chose
 
 
@@ -69,6 +70,14 @@ def shares(jobs: Iterable[OnProblem], processes: int) -> list[list[OnProblem]]:
     for job in jobs:
         found[of.setdefault(str(job.problem), len(of)) % processes].append(job)
     return [share for share in found if share]
+
+
+def _processes(device: str) -> int:
+    """As many as the machine has cores and the device has memory for."""
+    most = min(MOST, os.cpu_count() or 1)
+    if device == "cpu":
+        return most
+    return max(1, min(most, torch.cuda.get_device_properties(device).total_memory // LEAST))
 
 
 @contextlib.contextmanager
@@ -120,7 +129,9 @@ def prepare(
     process is left to where it is timed."""
     deadline = time.monotonic() + seconds
     chosen = [job for job in jobs if compiles(job) and job.missing(device) is None]
-    given = shares(chosen, processes or min(MOST, os.cpu_count() or 1))
+    if not chosen:
+        return Prepared(0, 0, 0)
+    given = shares(chosen, processes or _processes(device))
     context = multiprocessing.get_context("spawn")  # CUDA survives no fork
     running: dict[Connection, BaseProcess] = {}
     ran = failed = 0

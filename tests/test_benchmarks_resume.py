@@ -6,8 +6,10 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import command, prepare, resume, runner, schema
 from benchmarks.__main__ import main, parser
@@ -175,6 +177,16 @@ def test_it_ends_with_its_time(tmp_path: Path) -> None:
     found = prepare.prepare([of("swish", tmp_path), of("gelu", tmp_path)], "cpu", 0.5, processes=1)
     assert found == prepare.Prepared(ran=0, failed=0, left=2)
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("memory, most", [(80 << 30, 12), (24 << 30, 6), (2 << 30, 1)])
+def test_a_small_device_has_fewer_processes(
+    memory: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(total_memory=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert prepare._processes("cuda") == most
 
 
 def test_only_what_compiles_is_prepared() -> None:
