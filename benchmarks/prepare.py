@@ -30,6 +30,7 @@ from benchmarks.providers import Compiled, Ours
 MOST = 12  # processes: each has a context of its own on the device
 MEMORY = 0.85  # of the device's, of all of them together
 LEAST = 4 << 30  # bytes of the device's memory for each: a context takes half a gigabyte
+FORWARD = frozenset({"forward", "host"})  # modes that run no backward
 JIT_PEERS = ("liger-kernel",)  # a peer that tunes is not among them: it may keep what it chose
 
 
@@ -95,7 +96,7 @@ def once(job: OnProblem, device: str) -> None:
     with inductor, provider.active():
         call = provider.bind(problem, OPS[problem.op].tensors(problem, device))
         result = call.forward()
-        if call.backward is not None and any("backward" in mode for mode in problem.modes):
+        if call.backward is not None and not FORWARD.issuperset(problem.modes):
             outputs = correctness.outputs_of(call.outputs(result))
             call.backward(result, correctness.gradients_like(outputs))
     timing.synchronize(device)

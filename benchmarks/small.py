@@ -12,12 +12,12 @@ import sys
 from dataclasses import replace
 
 from benchmarks import suites
-from benchmarks.candidates import Changes, candidates, knobs, label
+from benchmarks.candidates import Changes, applied, candidates, knobs, label
 from benchmarks.measure import Bench, first_line
 from benchmarks.ops import OPS
 from benchmarks.problems import TRAINING, Problem
+from benchmarks.providers import Ours
 from benchmarks.refused import Refused, device_of
-from benchmarks.tune import Candidate
 from fastnorm import dispatch
 
 
@@ -54,21 +54,17 @@ def _ways(problem: Problem, backend: str, every_way: bool) -> list[Changes]:
 
 def check(backend: str, device: str, ops: list[str], every_way: bool = False) -> int:
     """Run every kind on a backend; how many were wrong or failed."""
-    bench, failed = Bench(device), 0
+    bench, provider, failed = Bench(device), Ours(backend, backend=backend), 0
     for problem in every_kind():
         if problem.op not in ops:
             continue
         for changes in _ways(problem, backend, every_way):
-            how = (
-                f"{problem}, {label(knobs(problem, backend), changes)}"
-                if every_way
-                else str(problem)
-            )
-            provider = Candidate(backend, backend=backend, problem=problem, changes=changes)
+            turned = knobs(problem, backend)
+            how = f"{problem}, {label(turned, changes)}" if every_way else str(problem)
             try:
                 stage = bench.stage(problem)
                 tensors = stage.fresh()
-                with provider.active():
+                with provider.active(), applied(turned, changes):
                     complaint = stage.check(provider.bind(problem, tensors), tensors)[2]
             except Exception as error:
                 if changes and "CUDA error" not in str(error):

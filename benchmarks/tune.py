@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import fastnorm
-from benchmarks import schema, suites, two_launches
-from benchmarks.calls import Call, through_autograd
+from benchmarks import schema, suites
 from benchmarks.candidates import Changes, applied, candidates, knobs, label, rules_choice
 from benchmarks.command import measured
 from benchmarks.jobs import FAST_S, SLOW_S
 from benchmarks.measure import Bench, blank
-from benchmarks.ops import OPS, Tensors
+from benchmarks.ops import OPS
 from benchmarks.prepare import add_prepare
 from benchmarks.problems import DTYPES, TRAINING, Problem
 from benchmarks.providers import Ours
@@ -51,11 +50,6 @@ class Candidate(Ours):
         assert self.problem is not None
         with super().active(), applied(knobs(self.problem, self.backend), self.changes):
             yield
-
-    def bind(self, problem: Problem, tensors: Tensors) -> Call:
-        if problem.op != "batch_norm" or two_launches.LAUNCHES == 1:
-            return super().bind(problem, tensors)
-        return through_autograd(two_launches.ours(problem), tensors)
 
 
 @dataclass(frozen=True)
