@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     const T* const in[1] = {static_cast<const T*>(a.x)};
     with_activation(a.activation, [&](auto formula) {
         map(static_cast<T*>(a.y), in, a.count,
-            [](const Wide<T>(&v)[1]) { return decltype(formula)::value(v[0]); });
+            [](const Wide<T>(&v)[1]) { return decltype(formula)::template value<T>(v[0]); });
     });
 }
 
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     const T* const in[2] = {static_cast<const T*>(a.x), static_cast<const T*>(a.dy)};
     with_activation(a.activation, [&](auto formula) {
         map(static_cast<T*>(a.dx), in, a.count,
-            [](const Wide<T>(&v)[2]) { return v[1] * decltype(formula)::slope(v[0]); });
+            [](const Wide<T>(&v)[2]) { return v[1] * decltype(formula)::template slope<T>(v[0]); });
     });
 }
 
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) swish_forward_kernel(SwishForward a)
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
             const Wide<T> z = widen(v.v[j]);
-            v.v[j] = static_cast<T>(z * logistic(beta[j] * z));
+            v.v[j] = static_cast<T>(z * logistic<T>(beta[j] * z));
         }
         work.store(y + at, v, lanes);
     });

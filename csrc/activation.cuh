@@ -4,20 +4,44 @@
 
 namespace fastnorm {
 
-// ---- functions of both types of computation -----------------------------------------------------
+// ---- functions of the type of computation -------------------------------------------------------
+//
+// T is what the result is rounded to. Where that keeps 11 bits or fewer, an approximation with 20
+// will do: it costs a third of the instructions, of which memory leaves time for some 30.
 
-__device__ __forceinline__ float exponential(float z) {
-    return expf(z);
+template <class T>
+constexpr bool kRounded = sizeof(T) == 2;
+
+// The smaller one; of NaN, NaN.
+template <class W>
+__device__ __forceinline__ W not_above(W z, W most) {
+    return z > most ? most : z;
 }
-__device__ __forceinline__ double exponential(double z) {
-    return exp(z);
+
+template <class T, class W = Wide<T>>
+__device__ __forceinline__ W exponential(W z) {
+    if constexpr (kRounded<T>) {
+        return exp2_approximate(z * W(1.44269504088896340736));
+    } else if constexpr (std::is_same_v<W, double>) {
+        return exp(z);
+    } else {
+        return expf(z);
+    }
 }
-__device__ __forceinline__ float exponential_minus_1(float z) {
-    return expm1f(z);
+
+template <class T, class W = Wide<T>>
+__device__ __forceinline__ W exponential_minus_1(W z) {
+    if constexpr (kRounded<T>) {
+        // near 0 the difference would cancel: there, Taylor's
+        const W near = z * (W(1) + z * (W(0.5) + z * W(1.0 / 6.0)));
+        return z > W(-0.03125) ? near : exponential<T>(z) - W(1);
+    } else if constexpr (std::is_same_v<W, double>) {
+        return expm1(z);
+    } else {
+        return expm1f(z);
+    }
 }
-__device__ __forceinline__ double exponential_minus_1(double z) {
-    return expm1(z);
-}
+
 __device__ __forceinline__ float error_function(float z) {
     return erff(z);
 }
@@ -31,19 +55,50 @@ __device__ __forceinline__ double hyperbolic_tangent(double z) {
     return ::tanh(z);
 }
 
-template <class W>
-__device__ __forceinline__ W logistic(W z) {
-    return reciprocal(W(1) + exponential(-z));
+// 1 / (1 + e) for e >= 0. Of a quarter of the sum where subnormal results, which reciprocal() has
+// not, are to be kept.
+template <class T, class W = Wide<T>>
+__device__ __forceinline__ W reciprocal_of_1_plus(W e) {
+    return kRounded<T> ? reciprocal(W(1) + e) : W(0.25) * reciprocal(e * W(0.25) + W(0.25));
 }
 
-// sigmoid(z) and sigmoid(-z) from one exp; 1 - s would cancel where s is near 1.
-template <class W>
+template <class T, class W = Wide<T>>
+__device__ __forceinline__ W logistic(W z) {
+    return reciprocal_of_1_plus<T>(exponential<T>(-z));
+}
+
+// sigmoid(z) and sigmoid(-z) from one exp. The second is for what adds it to 1 or more: 1 - s
+// cancels where s is near 1, which shows only where the result keeps more than 11 bits.
+template <class T, class W = Wide<T>>
 struct Sigmoids {
     W s, rest;
     __device__ __forceinline__ explicit Sigmoids(W z) {
-        const W e = exponential(-z);
-        s = reciprocal(W(1) + e);
-        rest = z > W(0) ? e * s : W(1) - s;
+        const W e = exponential<T>(-z);
+        s = reciprocal_of_1_plus<T>(e);
+        rest = !kRounded<T> && z > W(0) ? e * s : W(1) - s;
+    }
+};
+
+// The normal distribution: its function and, up to a factor, its density exp(-z^2 / 2).
+template <class T, class W = Wide<T>>
+struct Normal {
+    W below, density;
+    __device__ __forceinline__ explicit Normal(W z) {
+        constexpr W sqrt_half = W(0.70710678118654752440);
+        density = exponential<T>(W(-0.5) * z * z);
+        if constexpr (kRounded<T>) {
+            // of that same exp, as Abramowitz & Stegun (1964), 7.1.26, with coefficients for which
+            // the tail has a relative error below 3e-5 down to -13
+            const W distance = z < W(0) ? -z : z;
+            const W t = reciprocal(W(0.375) * distance + W(1));
+            const W series = W(0.14902823) +
+                             t * (W(0.15803988) +
+                                  t * (W(0.08259561) + t * (W(0.20153111) + t * W(-0.09120457))));
+            const W beyond = t * series * density;
+            below = z < W(0) ? beyond : W(1) - beyond;
+        } else {
+            below = W(0.5) * (W(1) + error_function(z * sqrt_half));
+        }
     }
 };
 
@@ -51,11 +106,11 @@ struct Sigmoids {
 
 namespace activations {
 
-#define FASTNORM_VALUE \
-    template <class W> \
+#define FASTNORM_VALUE                    \
+    template <class T, class W = Wide<T>> \
     static __device__ __forceinline__ W value(W z)
-#define FASTNORM_SLOPE \
-    template <class W> \
+#define FASTNORM_SLOPE                    \
+    template <class T, class W = Wide<T>> \
     static __device__ __forceinline__ W slope([[maybe_unused]] W z)
 
 struct identity {
@@ -79,48 +134,52 @@ struct leaky_relu {
 };
 
 struct elu {
-    FASTNORM_VALUE { return z <= W(0) ? exponential_minus_1(z) : z; }
-    FASTNORM_SLOPE { return z <= W(0) ? exponential(z) : W(1); }
+    FASTNORM_VALUE { return z <= W(0) ? exponential_minus_1<T>(not_above<W>(z, 0)) : z; }
+    FASTNORM_SLOPE { return z <= W(0) ? exponential<T>(z) : W(1); }
 };
 
 struct selu {
     static constexpr double alpha = 1.6732632423543772848170429916717;
     static constexpr double scale = 1.0507009873554804934193349852946;
-    FASTNORM_VALUE { return W(scale) * (z <= W(0) ? W(alpha) * exponential_minus_1(z) : z); }
-    FASTNORM_SLOPE { return W(scale) * (z <= W(0) ? W(alpha) * exponential(z) : W(1)); }
+    FASTNORM_VALUE {
+        const W below = W(alpha) * exponential_minus_1<T>(not_above<W>(z, 0));
+        return W(scale) * (z <= W(0) ? below : z);
+    }
+    FASTNORM_SLOPE { return W(scale) * (z <= W(0) ? W(alpha) * exponential<T>(z) : W(1)); }
 };
 
 struct gelu {
-    static constexpr double sqrt_half = 0.70710678118654752440;
-    FASTNORM_VALUE { return W(0.5) * z * (W(1) + error_function(z * W(sqrt_half))); }
+    FASTNORM_VALUE { return z * Normal<T>(z).below; }
     FASTNORM_SLOPE {
-        const W cdf = W(0.5) * (W(1) + error_function(z * W(sqrt_half)));
-        return cdf + z * (W(0.39894228040143267794) * exponential(W(-0.5) * z * z));
+        const Normal<T> at(z);
+        return at.below + z * (W(0.39894228040143267794) * at.density);
     }
 };
 
 struct gelu_tanh {
     // (1 + tanh u) / 2 = sigmoid(2 u): one exp, and no cancellation in the negative tail
     static constexpr double twice_sqrt_2_over_pi = 1.5957691216057307117;
-    FASTNORM_VALUE { return z * logistic(W(twice_sqrt_2_over_pi) * (z + W(0.044715) * z * z * z)); }
+    FASTNORM_VALUE {
+        return z * logistic<T>(W(twice_sqrt_2_over_pi) * (z + W(0.044715) * z * z * z));
+    }
     FASTNORM_SLOPE {
-        const Sigmoids<W> at(W(twice_sqrt_2_over_pi) * (z + W(0.044715) * z * z * z));
+        const Sigmoids<T> at(W(twice_sqrt_2_over_pi) * (z + W(0.044715) * z * z * z));
         return at.s + z * at.s * at.rest * (W(twice_sqrt_2_over_pi) * (W(1) + W(0.134145) * z * z));
     }
 };
 
 struct gelu_sigmoid {
-    FASTNORM_VALUE { return z * logistic(W(1.702) * z); }
+    FASTNORM_VALUE { return z * logistic<T>(W(1.702) * z); }
     FASTNORM_SLOPE {
-        const Sigmoids<W> at(W(1.702) * z);
+        const Sigmoids<T> at(W(1.702) * z);
         return at.s * (W(1) + W(1.702) * z * at.rest);
     }
 };
 
 struct silu {
-    FASTNORM_VALUE { return z * logistic(z); }
+    FASTNORM_VALUE { return z * logistic<T>(z); }
     FASTNORM_SLOPE {
-        const Sigmoids<W> at(z);
+        const Sigmoids<T> at(z);
         return at.s * (W(1) + z * at.rest);
     }
 };
@@ -132,16 +191,14 @@ struct hardswish {
 
 struct mish {
     // tanh(log(1 + e)) = n / (n + 2) with n = e (e + 2); past 20 it is 1
-    template <class W>
-    static __device__ __forceinline__ W factor(W z) {
-        const W e = exponential(z < W(20) ? z : W(20));
-        const W n = e * (e + W(2));
-        return z == z ? n * reciprocal(n + W(2)) : z;
+    FASTNORM_VALUE {
+        const W e = exponential<T>(not_above<W>(z, 20)), n = e * (e + W(2));
+        return z * n * reciprocal(n + W(2));
     }
-    FASTNORM_VALUE { return z * factor(z); }
     FASTNORM_SLOPE {
-        const W t = factor(z);
-        return t + z * logistic(z) * (W(1) - t * t);
+        const W low = not_above<W>(z, 20), e = exponential<T>(low), n = e * (e + W(2));
+        const W r = reciprocal(n + W(2));
+        return r * (n + W(4) * low * (e * (e + W(1)) * r));
     }
 };
 
@@ -154,10 +211,11 @@ struct tanh {
 };
 
 struct sigmoid {
-    FASTNORM_VALUE { return logistic(z); }
+    FASTNORM_VALUE { return logistic<T>(z); }
     FASTNORM_SLOPE {
-        const Sigmoids<W> at(z);
-        return at.s * at.rest;
+        // even in z: nothing cancels or overflows on this side
+        const W e = exponential<T>(z < W(0) ? z : -z), s = reciprocal_of_1_plus<T>(e);
+        return z == z ? e * s * s : z;
     }
 };
 
@@ -186,13 +244,13 @@ __device__ __forceinline__ void with_activation(Activation activation, F f) {
 template <class Formula>
 struct Fixed {
     __device__ __forceinline__ explicit Fixed(Activation) {}
-    template <class W>
+    template <class T, class W = Wide<T>>
     __device__ __forceinline__ W value(W z) const {
-        return Formula::value(z);
+        return Formula::template value<T>(z);
     }
-    template <class W>
+    template <class T, class W = Wide<T>>
     __device__ __forceinline__ W slope(W z) const {
-        return Formula::slope(z);
+        return Formula::template slope<T>(z);
     }
 };
 
@@ -200,18 +258,6 @@ struct Fixed {
 struct Any {
     Activation activation;
     __device__ __forceinline__ explicit Any(Activation which) : activation(which) {}
-    template <class W>
-    __device__ __forceinline__ W value(W z) const {
-        W y = z;
-        with_activation(activation, [&](auto formula) { y = decltype(formula)::value(z); });
-        return y;
-    }
-    template <class W>
-    __device__ __forceinline__ W slope(W z) const {
-        W y = z;
-        with_activation(activation, [&](auto formula) { y = decltype(formula)::slope(z); });
-        return y;
-    }
 };
 
 // A type as a value, for what cannot be made on the host.

@@ -28,7 +28,7 @@ struct Divisor {
 struct BatchNormShape {
     long N, C, S;                             // of x, y, dy, ... alike
     long x_stride_n, x_stride_c, x_stride_s;  // x alone has strides of its own
-    bool y_last;                              // all others are [N, S, C], else [N, C, S], dense
+    long y_stride_n, y_stride_c, y_stride_s;  // of all others: [N, C, S] or [N, S, C], dense
 };
 
 // How the tensor is cut. A slot is 16 bytes of adjacent elements; a batch is a fixed number of
@@ -40,6 +40,7 @@ struct BatchNormPlan {
     bool ragged;         // a row is not a whole number of slots
     bool skewed;         // slots begin on 16 bytes of y, not at the beginning of a row
     bool dense;          // x lies as y does
+    bool quick;          // 32 bits count elements, and every slot begins on 16 bytes of each tensor
     int lanes;           // adjacent threads on adjacent positions of one column
     int columns;         // of slots: channels, or vectors of channels; lanes * columns <= threads
     int threads;         // of a column
@@ -69,6 +70,7 @@ struct BatchNormPlan {
 struct BatchNormRequest {
     Dtype dtype;
     Activation activation;
+    bool y_last;  // all tensors but x are [N, S, C], else [N, C, S]
     bool backward;
     bool one_pass;  // nothing depends on the group's sums
     int operands;   // tensors of x's size that are read before the group's sums are known
@@ -103,7 +105,7 @@ struct BatchNormForward {
     bool center_only;  // mean-only
     BatchNormPlan plan;
 };
-cudaError_t batch_norm_forward(const BatchNormForward& a, Dtype dtype, cudaStream_t stream);
+cudaError_t batch_norm_forward(const BatchNormForward& given, Dtype dtype, cudaStream_t stream);
 
 // The statistics of all processes as one.
 struct BatchNormMerge {
@@ -129,7 +131,7 @@ struct BatchNormBackward {
     bool center_only;  // mean-only: x, mean and rstd are null
     BatchNormPlan plan;
 };
-cudaError_t batch_norm_backward(const BatchNormBackward& a, Dtype dtype, cudaStream_t stream);
+cudaError_t batch_norm_backward(const BatchNormBackward& given, Dtype dtype, cudaStream_t stream);
 
 // For the plan: how many blocks of such a kernel the current device holds at once.
 cudaError_t batch_norm_forward_resident(const BatchNormPlan& plan, const BatchNormRequest& request,

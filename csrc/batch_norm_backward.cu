@@ -55,83 +55,89 @@ struct Channels {
 struct Sweep {
     bool reduces, writes;
     bool corrects;  // dx subtracts what depends on the sums
+    bool computes;  // dz from dy; else the first sweep has left it in dy's place
 };
 
-// Moves everything `By` places forward, and what was first to the end.
-template <int By, class W, int V>
-__device__ __forceinline__ void rotate(W (&z)[V]) {
-    W first[By];
+// x - mean of a slot.
+template <bool kCenterOnly, bool kLast, class Tile, class C, class W, int V>
+__device__ __forceinline__ void center(const Tile& tile, unsigned h, int u, const C& channels,
+                                       W (&centred)[V]) {
+    if constexpr (kCenterOnly) {
 #pragma unroll
-    for (int j = 0; j < By; ++j) first[j] = z[j];
+        for (int j = 0; j < V; ++j) centred[j] = W(0);
+    } else {
+        tile.get(tile.slots(h, 0), u, centred);
 #pragma unroll
-    for (int j = 0; j < V; ++j) z[j] = j + By < V ? z[(j + By) % V] : first[(j + By) % V % By];
-}
-
-// x - mean and dz = dy * slope(z) of slot u of batch h; zero where the slot has no element.
-template <class T, class Activity, bool kCenterOnly, bool kLast, class C, class W>
-__device__ __forceinline__ void gradient(const BackwardTile<T, kCenterOnly, kLast>& tile,
-                                         unsigned h, int u, bool has_residual, const C& channels,
-                                         const Activity& activity, W (&centred)[Vector<T>::size],
-                                         W (&dz)[Vector<T>::size]) {
-    constexpr int V = Vector<T>::size;
-    const Vector<T> dy = tile.at(h, kDy<kCenterOnly>, u);
-#pragma unroll
-    for (int j = 0; j < V; ++j) dz[j] = widen(dy.v[j]), centred[j] = W(0);
-    if constexpr (!kCenterOnly) {
-        const Vector<T> x = tile.at(h, 0, u);
-#pragma unroll
-        for (int j = 0; j < V; ++j) centred[j] = widen(x.v[j]) - channels.get(kMean, kLast ? j : 0);
-        W z[V];
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-            const int k = kLast ? j : 0;
-            z[j] = centred[j] * channels.get(kScale, k) + channels.get(kBias, k);
-        }
-        if (has_residual) {
-            const Vector<T> residual = tile.at(h, kResidual, u);
-#pragma unroll
-            for (int j = 0; j < V; ++j) z[j] += widen(residual.v[j]);
-        }
-        // half of them at a time: fewer registers, and each formula is there less often
-        constexpr int kPart = V / 2;
-#pragma unroll 1
-        for (int part = 0; part < V; part += kPart) {
-            with_formula(activity, [&](auto formula) {
-#pragma unroll
-                for (int j = 0; j < kPart; ++j) z[j] = formula.slope(z[j]);
-            });
-            rotate<kPart>(z);
-        }
-#pragma unroll
-        for (int j = 0; j < V; ++j) dz[j] *= z[j];
+        for (int j = 0; j < V; ++j) centred[j] -= channels.get(kMean, kLast ? j : 0);
     }
-    const Part part = tile.part(h, u);
-    if (part.end - part.begin == V) return;
-#pragma unroll
-    for (int j = 0; j < V; ++j)
-        if (j < part.begin || j >= part.end) dz[j] = centred[j] = W(0);
 }
 
-template <class T, class W, int V>
-__device__ __forceinline__ void store(void* p, const Slot& s, const W (&wide)[V]) {
-    Vector<T> v;
+// dz = dy * slope(z) of a slot.
+template <bool kLast, class T, class Tile, class C, class Activity, class W, int V>
+__device__ __forceinline__ void pull_back(const Tile& tile, unsigned h, int u, bool has_residual,
+                                          const C& channels, const Activity& activity,
+                                          const W (&centred)[V], W (&dz)[V]) {
+    W z[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) v.v[j] = static_cast<T>(wide[j]);
-    store_slot(static_cast<T*>(p) + s.y, s, v, true);
+    for (int j = 0; j < V; ++j) {
+        const int k = kLast ? j : 0;
+        z[j] = centred[j] * channels.get(kScale, k) + channels.get(kBias, k);
+    }
+    if (has_residual) {
+        W residual[V];
+        tile.get(tile.slots(h, kResidual), u, residual);
+#pragma unroll
+        for (int j = 0; j < V; ++j) z[j] += residual[j];
+    }
+    with_formula(activity, [&](auto formula) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) dz[j] *= formula.template slope<T>(z[j]);
+    });
+}
+
+// dx of a slot, in dz's place.
+template <bool kCenterOnly, bool kLast, class C, class W, int V>
+__device__ __forceinline__ void finish_dx(const C& channels, bool corrects, const W (&centred)[V],
+                                          W (&dz)[V]) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        const int k = kLast ? j : 0;
+        if (corrects) {
+            dz[j] -= channels.sums[k].v[0];
+            if constexpr (!kCenterOnly) dz[j] -= centred[j] * channels.sums[k].v[1];
+        }
+        if constexpr (!kCenterOnly) dz[j] *= channels.get(kScale, k);
+    }
 }
 
 template <class T, class Activity, bool kCenterOnly, bool kLast, class C>
 __device__ __forceinline__ void work_on(const BatchNormBackward& a,
                                         const BackwardTile<T, kCenterOnly, kLast>& tile, unsigned h,
                                         const Sweep& sweep, const Activity& activity, C& channels) {
-    using W = Wide<T>;
     constexpr int V = Vector<T>::size;
+    Vector<T>* const slots = tile.slots(h, kDy<kCenterOnly>);
+    const bool stays = sweep.reduces && !sweep.writes && h >= tile.loose;
 #pragma unroll 1
     for (int u = 0; u < kBackwardSlots; ++u) {
-        W centred[V], dz[V];
-        gradient<T, Activity, kCenterOnly, kLast>(tile, h, u, a.residual != nullptr, channels,
-                                                  activity, centred, dz);
+        const Target target = tile.target(h, u);
+        if (target.elements == 0) continue;
+        Wide<T> centred[V], dz[V];
+        tile.get(slots, u, dz);
+        center<kCenterOnly, kLast>(tile, h, u, channels, centred);
+        if constexpr (!kCenterOnly) {
+            if (sweep.computes || h < tile.loose) {
+                pull_back<kLast, T>(tile, h, u, a.residual != nullptr, channels, activity, centred,
+                                    dz);
+                // rounded to T, as a layer of its own would leave it to the norm
+                if (stays) slots[u * a.plan.pitch] = narrow<T>(dz);
+            }
+        }
         if (sweep.reduces) {
+            if (target.elements != tile.kWhole) {
+#pragma unroll
+                for (int j = 0; j < V; ++j)
+                    if ((target.elements & 1u << j) == 0) dz[j] = centred[j] = Wide<T>(0);
+            }
 #pragma unroll
             for (int j = 0; j < V; ++j) {
                 auto& sums = channels.sums[kLast ? j : 0];
@@ -140,20 +146,10 @@ __device__ __forceinline__ void work_on(const BatchNormBackward& a,
             }
         }
         if (!sweep.writes) continue;
-        const Slot s = tile.slot(h, u);
-        if (s.run == 0) continue;
-        if (a.dresidual != nullptr) store<T>(a.dresidual, s, dz);
+        if (a.dresidual != nullptr) store_target<T>(a.dresidual, target, dz, a.plan.quick, true);
         if (a.dx == nullptr) continue;
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-            const int k = kLast ? j : 0;
-            if (sweep.corrects) {
-                dz[j] -= channels.sums[k].v[0];
-                if constexpr (!kCenterOnly) dz[j] -= centred[j] * channels.sums[k].v[1];
-            }
-            if constexpr (!kCenterOnly) dz[j] *= channels.get(kScale, k);
-        }
-        store<T>(a.dx, s, dz);
+        finish_dx<kCenterOnly, kLast>(channels, sweep.corrects, centred, dz);
+        store_target<T>(a.dx, target, dz, a.plan.quick, true);
     }
 }
 
@@ -223,7 +219,7 @@ __device__ __forceinline__ bool gather(const BatchNormBackward& a, const Work& w
 }
 
 template <class T, class Activity, bool kCenterOnly, bool kLast>
-__global__ void __launch_bounds__(kThreads, kLast && sizeof(T) == 2 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, blocks_for(kLast, sizeof(T)))
     batch_norm_backward_kernel(const __grid_constant__ BatchNormBackward a) {
     using W = Wide<T>;
     using S = ChannelSums<W, kCenterOnly>;
@@ -244,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kLast && sizeof(T) == 2 ? 2 : 3)
 
     const Activity activity(a.activation);
     const bool wants_sums = a.dweight.data != nullptr || a.dbias.data != nullptr;
-    Sweep sweep = {work.reduces && (!one_pass || wants_sums), one_pass, a.sums != nullptr};
+    Sweep sweep = {work.reduces && (!one_pass || wants_sums), one_pass, a.sums != nullptr, true};
     if (one_pass) tile.turn();
 #pragma unroll 1
     while (true) {  // the first sweep or, in one pass, the only one; then the second
@@ -273,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, kLast && sizeof(T) == 2 ? 2 : 3)
         if (one_pass) break;
         __syncthreads();
         channels.get_means();
-        sweep = {false, true, true};
+        sweep = {false, true, true, !work.reduces};
     }
     if (!one_pass) finish(a.counters, p.counters, nullptr);
 }
@@ -297,7 +293,9 @@ cudaError_t with_kernel(Dtype dtype, Activation activation, bool last, bool cent
 
 // ---- launchers ----------------------------------------------------------------------------------
 
-cudaError_t batch_norm_backward(const BatchNormBackward& a, Dtype dtype, cudaStream_t stream) {
+cudaError_t batch_norm_backward(const BatchNormBackward& given, Dtype dtype, cudaStream_t stream) {
+    BatchNormBackward a = given;
+    a.plan.quick = a.plan.quick && begins_on_16_bytes({a.x, a.dy, a.residual, a.dx, a.dresidual});
     return with_kernel(dtype, a.activation, a.plan.last, a.center_only, [&](auto kernel) {
         return launch(kernel, a.plan.blocks, kThreads, a.plan.shared_bytes, stream, a);
     });

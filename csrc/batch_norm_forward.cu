@@ -11,18 +11,27 @@ using namespace batch_norm;
 template <class T, bool kLast>
 using ForwardTile = Tile<T, kLast, kForwardSlots, 1>;
 
+// The middle one of three numbers where it is finite: one outlier among them is not taken.
+template <class W>
+__device__ __forceinline__ W middle_of(W a, W b, W c, W otherwise) {
+    const W low = min(a, b), high = max(a, b), middle = max(low, min(high, c));
+    return middle - middle == W(0) ? middle : otherwise;
+}
+
+// Zero for what is not finite.
+template <class W>
+__device__ __forceinline__ W or_zero(W x) {
+    return x - x == W(0) ? x : W(0);
+}
+
 // A number of the channel's own to measure deviations from: a large mean would round at every
-// merge. Of three, so that one outlier is not taken.
+// merge.
 template <class T>
 __device__ __forceinline__ Wide<T> pivot_of(const T* x, const BatchNormShape& s, long c) {
-    using W = Wide<T>;
     const auto at = [&](long n, long i) {
         return widen(x[n * s.x_stride_n + c * s.x_stride_c + i * s.x_stride_s]);
     };
-    const W a = at(0, 0), b = at(s.N / 2, s.S / 2), d = at(s.N - 1, s.S - 1);
-    const W low = a < b ? a : b, high = a < b ? b : a;
-    const W middle = d < low ? low : d > high ? high : d;
-    return middle - middle == W(0) ? middle : W(0);
+    return middle_of(at(0, 0), at(s.N / 2, s.S / 2), at(s.N - 1, s.S - 1), Wide<T>(0));
 }
 
 // One thread's part of K channels: count, sum and squared deviations of x - pivot.
@@ -32,7 +41,6 @@ struct Collected {
 
     // Chan's merge with a set of n numbers: their means and squared deviations from these.
     __device__ __forceinline__ void add(int n, const W (&mean)[K], const W (&squares)[K]) {
-        if (n == 0) return;
         const W per_count = count > W(0) ? reciprocal(count) : W(0);
         const W weight = count * W(n) * reciprocal(count + W(n));
 #pragma unroll
@@ -45,33 +53,85 @@ struct Collected {
     }
 
     __device__ __forceinline__ void moments(Moments<W> (&m)[K]) const {
+        const W per_count = count > W(0) ? reciprocal(count) : W(0);
 #pragma unroll
-        for (int k = 0; k < K; ++k) m[k] = {count, count > W(0) ? sum[k] / count : W(0), m2[k]};
+        for (int k = 0; k < K; ++k) m[k] = {count, sum[k] * per_count, m2[k]};
     }
 };
 
-// Calls f(k, x - pivot) for every element of a batch; returns how many each channel has.
-template <class T, bool kLast, int K, class F>
-__device__ __forceinline__ int each(const ForwardTile<T, kLast>& tile, unsigned h,
-                                    const Wide<T> (&pivot)[K], F f) {
-    constexpr int V = Vector<T>::size;
-    int elements = 0;
+// Elements of a thread's slots: how many, and per channel the sums of their distances from a number
+// near them and of its squares. Near is, to begin with, the middle one of the thread's first three:
+// the squares lose precision by n / m if m of n numbers are as far from the others as that one.
+template <class T, bool kLast>
+struct Gathered {
+    using W = Wide<T>;
+    static constexpr int V = Vector<T>::size, K = kChannels<T, kLast>;
+    int n = 0;
+    W near[K] = {}, sum[K] = {}, squares[K] = {};
+
+    __device__ __forceinline__ void begin(const ForwardTile<T, kLast>& tile, unsigned h,
+                                          const W (&pivot)[K], const Collected<W, K>& all) {
+        n = 0;
+#pragma unroll
+        for (int k = 0; k < K; ++k) sum[k] = squares[k] = W(0);
+        if (all.count > W(0)) {
+            const W per_count = reciprocal(all.count);
+#pragma unroll
+            for (int k = 0; k < K; ++k) near[k] = pivot[k] + or_zero(all.sum[k] * per_count);
+            return;
+        }
+        const Vector<T>* slots = tile.slots(h, 0);
+        const bool three = kLast ? tile.exists(h, 2) : (tile.target(h, 0).elements & 7) == 7;
+        const auto first = [&](int i, int k) {
+            return widen(kLast ? slots[i * tile.p.pitch].v[k] : slots->v[V > 2 ? i : i % 2]);
+        };
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            near[k] = three ? middle_of(first(0, k), first(1, k), first(2, k), pivot[k]) : pivot[k];
+    }
+
+    __device__ __forceinline__ void add(const ForwardTile<T, kLast>& tile, unsigned h) {
+        const Vector<T>* slots = tile.slots(h, 0);
+        if (kLast || !tile.p.ragged) {
+#pragma unroll
+            for (int u = 0; u < kForwardSlots; ++u)
+                if (tile.exists(h, u)) add<true>(tile, slots, u, tile.kWhole);
+        } else {
 #pragma unroll 1
-    for (int u = 0; u < kForwardSlots; ++u) {
-        const Part part = tile.part(h, u);
-        const Vector<T> x = tile.at(h, 0, u);
-        elements += kLast ? part.end > 0 : part.end - part.begin;
-        if (part.end - part.begin == V) {
-#pragma unroll
-            for (int j = 0; j < V; ++j) f(kLast ? j : 0, widen(x.v[j]) - pivot[kLast ? j : 0]);
-        } else if (!kLast) {
-#pragma unroll
-            for (int j = 0; j < V; ++j)
-                if (j >= part.begin && j < part.end) f(0, widen(x.v[j]) - pivot[0]);
+            for (int u = 0; u < kForwardSlots; ++u)
+                add<false>(tile, slots, u, tile.target(h, u).elements);
         }
     }
-    return elements;
-}
+
+    // Their means, from the pivot, and squared deviations from these.
+    __device__ __forceinline__ void settle(const W (&pivot)[K], Collected<W, K>& all) {
+        if (n == 0) return;
+        const W per_n = reciprocal(W(n));
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            const W mean = sum[k] * per_n, deviations = squares[k] - sum[k] * mean;
+            sum[k] = near[k] - pivot[k] + mean;
+            squares[k] = deviations < W(0) ? W(0) : deviations;
+        }
+        all.add(n, sum, squares);
+    }
+
+  private:
+    template <bool kWhole>
+    __device__ __forceinline__ void add(const ForwardTile<T, kLast>& tile, const Vector<T>* slots,
+                                        int u, unsigned elements) {
+        W x[V];
+        tile.get(slots, u, x);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const int k = kLast ? j : 0;
+            x[j] = kWhole || (elements & 1u << j) ? x[j] - near[k] : W(0);
+            sum[k] += x[j];
+            squares[k] += x[j] * x[j];
+        }
+        n += kLast ? 1 : kWhole ? V : __popc(elements);
+    }
+};
 
 enum Value { kMean, kScale, kBias };  // per channel, in shared memory; the pivot is kMean at first
 
@@ -86,35 +146,27 @@ __device__ __forceinline__ void find_pivots(const BatchNormForward& a, unsigned 
             c < p.shape.C ? pivot_of(static_cast<const T*>(a.x), p.shape, c) : V(0);
 }
 
-// The moments of a tile: two passes over what stays in shared memory, and over every batch that
-// does not.
+// The moments of a tile: what stays in shared memory is one set, every batch that does not another.
 template <class T, bool kLast, int K>
 __device__ __forceinline__ void collect(const BatchNormForward& a, ForwardTile<T, kLast>& tile,
                                         const Shared<T, Moments<Wide<T>>>& shared,
                                         Moments<Wide<T>> (&m)[K]) {
     using W = Wide<T>;
     Collected<W, K> all;
-    W pivot[K] = {};
-    for (unsigned h = 0, end; h < tile.count; h = end) {
-        end = h < tile.loose ? h + 1 : tile.count;
-        W mean[K] = {}, squares[K] = {};
-        int n = 0;
-        for (unsigned i = h; i < end; ++i) {
-            tile.advance(i);
-            if (i == 0) {
-                find_pivots<T>(a, tile.group, shared.values);
-                __syncthreads();
-                shared.get(kMean, a.plan, tile.lane.column, pivot);
-            }
-            tile.arrived(i);
-            n += each(tile, i, pivot, [&](int k, W d) { mean[k] += d; });
+    Gathered<T, kLast> set;
+    W pivot[K];
+#pragma unroll 1
+    for (unsigned h = 0; h < tile.count; ++h) {
+        tile.advance(h);
+        if (h == 0) {
+            find_pivots<T>(a, tile.group, shared.values);
+            __syncthreads();
+            shared.get(kMean, a.plan, tile.lane.column, pivot);
         }
-        const W per_n = n > 0 ? reciprocal(W(n)) : W(0);
-#pragma unroll
-        for (int k = 0; k < K; ++k) mean[k] *= per_n;
-        for (unsigned i = h; i < end && !a.center_only; ++i)
-            each(tile, i, pivot, [&](int k, W d) { squares[k] += (d - mean[k]) * (d - mean[k]); });
-        all.add(n, mean, squares);
+        tile.arrived(h);
+        if (h <= tile.loose) set.begin(tile, h, pivot, all);
+        set.add(tile, h);
+        if (h < tile.loose || h + 1 == tile.count) set.settle(pivot, all);
     }
     all.moments(m);
 }
@@ -150,34 +202,32 @@ __device__ __forceinline__ void settle(const BatchNormForward& a, const Work& wo
 
 // y of one slot.
 template <class T, class Activity, bool kLast, int K>
-__device__ __forceinline__ Vector<T> normalized(const Vector<T>& x, const Vector<T>* residual,
-                                                const Wide<T> (&mean)[K], const Wide<T> (&scale)[K],
-                                                const Wide<T> (&bias)[K],
-                                                const Activity& activity) {
+__device__ __forceinline__ void normalize(const ForwardTile<T, kLast>& tile, const Vector<T>* slots,
+                                          const Vector<T>* residuals, int u,
+                                          const Wide<T> (&mean)[K], const Wide<T> (&scale)[K],
+                                          const Wide<T> (&bias)[K], const Activity& activity,
+                                          Wide<T> (&y)[Vector<T>::size]) {
     constexpr int V = Vector<T>::size;
-    Wide<T> z[V];
+    tile.get(slots, u, y);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
         const int k = kLast ? j : 0;
-        z[j] = (widen(x.v[j]) - mean[k]) * scale[k] + bias[k];
+        y[j] = (y[j] - mean[k]) * scale[k] + bias[k];
     }
-    if (residual != nullptr) {
-        const Vector<T> r = *residual;
+    if (tile.extra != nullptr) {
+        Wide<T> residual[V];
+        tile.get(residuals, u, residual);
 #pragma unroll
-        for (int j = 0; j < V; ++j) z[j] += widen(r.v[j]);
+        for (int j = 0; j < V; ++j) y[j] += residual[j];
     }
     with_formula(activity, [&](auto formula) {
 #pragma unroll
-        for (int j = 0; j < V; ++j) z[j] = formula.value(z[j]);
+        for (int j = 0; j < V; ++j) y[j] = formula.template value<T>(y[j]);
     });
-    Vector<T> y;
-#pragma unroll
-    for (int j = 0; j < V; ++j) y.v[j] = static_cast<T>(z[j]);
-    return y;
 }
 
 template <class T, class Activity, bool kLast>
-__global__ void __launch_bounds__(kThreads, kLast && sizeof(T) == 2 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, blocks_for(kLast, sizeof(T)))
     batch_norm_forward_kernel(const __grid_constant__ BatchNormForward a) {
     using W = Wide<T>;
     constexpr int K = kChannels<T, kLast>;
@@ -229,14 +279,14 @@ __global__ void __launch_bounds__(kThreads, kLast && sizeof(T) == 2 ? 2 : 3)
         const unsigned h = tile.batch(i);
         tile.advance(i);
         tile.arrived(i);
+        const Vector<T>*slots = tile.slots(h, 0), *residuals = tile.slots(h, 1);
 #pragma unroll 1
         for (int u = 0; u < kForwardSlots; ++u) {
-            const Slot s = tile.slot(h, u);
-            if (s.run == 0) continue;
-            const Vector<T> y = normalized<T, Activity, kLast>(
-                tile.at(h, 0, u), residual == nullptr ? nullptr : &tile.at(h, 1, u), mean, scale,
-                bias, activity);
-            store_slot(static_cast<T*>(a.y) + s.y, s, y, p.form == BatchNormForm::ticket);
+            const Target target = tile.target(h, u);
+            if (target.elements == 0) continue;
+            W y[Vector<T>::size];
+            normalize<T>(tile, slots, residuals, u, mean, scale, bias, activity, y);
+            store_target<T>(a.y, target, y, p.quick, p.form == BatchNormForm::ticket);
         }
     }
     finish(a.counters, p.counters, a.running.num_batches_tracked);
@@ -259,7 +309,9 @@ cudaError_t with_kernel(Dtype dtype, Activation activation, bool last, F f) {
 
 // ---- launchers ----------------------------------------------------------------------------------
 
-cudaError_t batch_norm_forward(const BatchNormForward& a, Dtype dtype, cudaStream_t stream) {
+cudaError_t batch_norm_forward(const BatchNormForward& given, Dtype dtype, cudaStream_t stream) {
+    BatchNormForward a = given;
+    a.plan.quick = a.plan.quick && begins_on_16_bytes({a.x, a.residual, a.y});
     return with_kernel(dtype, a.activation, a.plan.last, [&](auto kernel) {
         return launch(kernel, a.plan.blocks, kThreads, a.plan.shared_bytes, stream, a);
     });

@@ -58,29 +58,44 @@ struct Planner {
     int size, vector, wide;  // bytes, elements of 16 bytes, bytes
 
     // Blocks of a multiprocessor, as registers allow.
-    int share() const { return p.last && size == 2 ? 2 : 3; }
+    int share() const { return blocks_for(p.last, size); }
     int slots() const { return request.backward ? kBackwardSlots : kForwardSlots; }
     long batch_bytes() const { return long(p.pitch) * slots() * 16; }  // of one operand
     long tensor() const { return long(p.total) * p.groups; }           // in batches
+
+    // Whether 32 bits count the elements of x and y and, where the tensors themselves begin on 16
+    // bytes, all their slots do.
+    bool is_quick(const BatchNormShape& s) const {
+        const auto whole = [&](long stride, long size) {
+            return size == 1 || stride % vector == 0;
+        };
+        const long x_last =
+            (s.N - 1) * s.x_stride_n + (s.C - 1) * s.x_stride_c + (s.S - 1) * s.x_stride_s;
+        if (p.transposed || p.elements >= 1l << 31 || x_last >= 1l << 31) return false;
+        if (p.last)
+            return s.C % vector == 0 && whole(s.x_stride_n, s.N) && whole(s.x_stride_s, s.S);
+        return p.ragged ? p.dense : whole(s.x_stride_n, s.N) && whole(s.x_stride_c, s.C);
+    }
 
     // What does not depend on how many channels make a group.
     cudaError_t lay_out(const BatchNormShape& shape) {
         const bool x_last =
             shape.C > 1 && shape.x_stride_c == 1 && (shape.x_stride_s != 1 || shape.S == 1);
         p.shape = shape;
-        p.last = x_last && shape.y_last;
-        // one position is the same in both layouts of y
-        p.shape.y_last = p.last;
+        p.last = x_last && request.y_last;
         p.transposed = x_last && !p.last;
         p.ragged = !p.last && shape.S % vector != 0;
         p.skewed = p.ragged && !p.transposed;
-        const long steps[] = {p.last ? shape.S * shape.C : shape.C * shape.S, p.last ? 1 : shape.S,
-                              p.last ? shape.C : 1};
-        p.dense = (shape.N == 1 || shape.x_stride_n == steps[0]) &&
-                  (shape.C == 1 || shape.x_stride_c == steps[1]) &&
-                  (shape.S == 1 || shape.x_stride_s == steps[2]);
+        // one position is the same in both layouts of y
+        p.shape.y_stride_n = shape.C * shape.S;
+        p.shape.y_stride_c = p.last ? 1 : shape.S;
+        p.shape.y_stride_s = p.last ? shape.C : 1;
+        p.dense = (shape.N == 1 || shape.x_stride_n == p.shape.y_stride_n) &&
+                  (shape.C == 1 || shape.x_stride_c == p.shape.y_stride_c) &&
+                  (shape.S == 1 || shape.x_stride_s == p.shape.y_stride_s);
         p.operands = request.operands;
         p.elements = shape.N * shape.C * shape.S;
+        p.quick = is_quick(shape);
         long row = p.last ? shape.S : divide_up(shape.S, vector);
         if (p.skewed) row = (shape.S + 2 * vector - 3) / vector + 1;
         if (shape.N * row >= 1l << 31) return cudaErrorInvalidValue;

@@ -27,26 +27,30 @@ __device__ __forceinline__ int bits(int n) {
 // its first element or end before its last.
 struct Slot {
     long x, y;      // offsets of its first element
-    long low, run;  // of its first element from the run's beginning; length of the run
+    int low, left;  // elements of the run before that one (negative: the run begins later), from it
 
-    template <class T>
-    __device__ __forceinline__ bool whole() const {
-        return low >= 0 && low + Vector<T>::size <= run;
+    // Bit j: whether element j belongs to the run.
+    template <int V>
+    __device__ __forceinline__ unsigned elements() const {
+        const int begin = max(-low, 0), end = min(max(left, 0), V);
+        return ((1u << V) - 1) >> (V - end) & ((1u << V) - 1) << begin;
     }
-    __device__ __forceinline__ bool has(int j) const { return low + j >= 0 && low + j < run; }
 };
 
-// Which elements of a slot belong to this thread's channels.
-struct Part {
-    int begin, end;
+// What is left of a slot once it has been read: where y's elements lie, and which of them exist.
+struct Target {
+    long y;
+    unsigned elements;
 };
 
 template <class T, bool kLast>
 struct Lane {
     static constexpr int kVector = Vector<T>::size;
-    int column, index;  // of slots in the group; among the threads of the column
-    long channel;       // the first of the slots'
-    int place;          // in a row of slots in shared memory
+    static constexpr unsigned kWhole = (1u << kVector) - 1;  // all elements of a slot
+    int column, index;   // of slots in the group; among the threads of the column
+    long channel;        // the first of the slots'
+    int place;           // in a row of slots in shared memory
+    unsigned positions;  // none past the last channel
 
     __device__ __forceinline__ Lane(const BatchNormPlan& p, unsigned group) {
         const int t = threadIdx.x;
@@ -54,34 +58,48 @@ struct Lane {
         index = (t & (p.lanes - 1)) + (t >> bits(p.lanes * p.columns)) * p.lanes;
         channel = long(group) * p.channels + column * kChannels<T, kLast>;
         place = t + (t >> p.pad);
+        positions = channel < p.shape.C ? p.positions : 0;
     }
 
     // Of this thread's slot in a row of one slot for every thread.
     __device__ __forceinline__ unsigned position(const BatchNormPlan& p, unsigned row) const {
         return row * p.threads + index;
     }
-
+    // Where the slot at a position lies. Offset: what counts a tensor's elements; kWholeSlots: all
+    // slots are whole.
+    template <class Offset, bool kWholeSlots>
     __device__ __forceinline__ Slot slot(const BatchNormPlan& p, unsigned i) const {
+        using Length = std::make_signed_t<Offset>;
         const BatchNormShape& s = p.shape;
-        if (i >= p.positions || channel >= s.C) return {0, 0, 0, 0};
         const unsigned n = quotient(i, p.row), rest = i - n * p.row.divisor;
+        const Offset x = n * Offset(s.x_stride_n) + Offset(channel) * Offset(s.x_stride_c);
+        const Offset y = n * Offset(s.y_stride_n) + Offset(channel) * Offset(s.y_stride_c);
+        const auto length = [](Length l) { return int(min(l, Length(1) << 30)); };
         if constexpr (kLast) {
-            return {n * s.x_stride_n + rest * s.x_stride_s + channel, i * s.C + channel, channel,
-                    s.C};
+            return {long(x + rest * Offset(s.x_stride_s)), long(y + rest * Offset(s.y_stride_s)),
+                    length(Length(channel)), length(Length(s.C) - Length(channel))};
+        } else if constexpr (kWholeSlots) {
+            return {long(x + rest * kVector), long(y + rest * kVector), 0, kVector};
         } else {
-            const long y = (n * s.C + channel) * s.S;
-            const long low = long(rest) * kVector - (p.skewed ? y & (kVector - 1) : 0);
-            return {n * s.x_stride_n + channel * s.x_stride_c + low, y + low, low, s.S};
+            const Length low =
+                Length(rest) * kVector - (p.skewed ? Length(y & (kVector - 1)) : Length(0));
+            return {long(x + Offset(low)), long(y + Offset(low)), length(low),
+                    length(Length(s.S) - low)};
         }
     }
 
-    // The same without the offsets; past the last channel, values that nobody uses count too.
-    __device__ __forceinline__ Part part(const BatchNormPlan& p, unsigned i) const {
-        if (i >= p.positions || channel >= p.shape.C) return {0, 0};
-        if (kLast || !p.ragged) return {0, kVector};
-        const Slot s = slot(p, i);
-        const int end = s.run - s.low < kVector ? int(s.run - s.low) : kVector;
-        return {s.low < 0 ? int(-s.low) : 0, end > 0 ? end : 0};
+    // The same without what only reading needs.
+    __device__ __forceinline__ Target target(const BatchNormPlan& p, unsigned i) const {
+        if (i >= positions) return {0, 0};
+        if (!p.quick) {
+            const Slot s = slot<long, false>(p, i);
+            return {s.y, s.template elements<kVector>()};
+        }
+        if (!kLast && p.ragged) {
+            const Slot s = slot<unsigned, false>(p, i);
+            return {s.y, s.template elements<kVector>()};
+        }
+        return {slot<unsigned, true>(p, i).y, kWhole};
     }
 };
 
@@ -109,18 +127,25 @@ __device__ __forceinline__ Vector<T> load_across(const T* p) {
 // The elements of a slot that exist, zero for the others.
 template <class T>
 __device__ __forceinline__ Vector<T> load_part(const T* p, const Slot& s) {
-    const long before = s.low - misalignment(p);
-    if (before >= 0 && before + 2 * Vector<T>::size <= s.run) return load_across(p);
+    constexpr int V = Vector<T>::size;
+    const int before = misalignment(p);  // elements, of the first of two aligned vectors
+    if (s.low >= before && s.left + before >= 2 * V) return load_across(p);
+    const unsigned elements = s.elements<V>();
     Vector<T> v = {};
 #pragma unroll
-    for (int j = 0; j < Vector<T>::size; ++j)
-        if (s.has(j)) v.v[j] = p[j];
+    for (int j = 0; j < V; ++j)
+        if (elements & 1u << j) v.v[j] = p[j];
     return v;
 }
 
 template <class T>
-__device__ __forceinline__ void store_slot(T* p, const Slot& s, const Vector<T>& v, bool once) {
-    if (s.whole<T>() && misalignment(p) == 0) {
+__device__ __forceinline__ void store_target(void* tensor, const Target& target,
+                                             const Wide<T> (&wide)[Vector<T>::size], bool aligned,
+                                             bool once) {
+    constexpr int V = Vector<T>::size;
+    T* p = static_cast<T*>(tensor) + target.y;
+    const Vector<T> v = narrow<T>(wide);
+    if (target.elements == (1u << V) - 1 && (aligned || misalignment(p) == 0)) {
         if (once) {
             store_vector_once(p, v);
         } else {
@@ -129,8 +154,8 @@ __device__ __forceinline__ void store_slot(T* p, const Slot& s, const Vector<T>&
         return;
     }
 #pragma unroll
-    for (int j = 0; j < Vector<T>::size; ++j)
-        if (s.has(j)) p[j] = v.v[j];
+    for (int j = 0; j < V; ++j)
+        if (target.elements & 1u << j) p[j] = v.v[j];
 }
 
 }  // namespace batch_norm

@@ -1,6 +1,8 @@
 // What batch norm's kernels share: the order of work, tiles in shared memory, sums over a group's
 // threads and blocks.
 #pragma once
+#include <initializer_list>
+
 #include "batch_norm_slots.cuh"
 
 namespace fastnorm {
@@ -8,6 +10,11 @@ namespace batch_norm {
 
 // Slots of a batch per thread and operand; buffers for the batches that do not stay.
 constexpr int kForwardSlots = 4, kBackwardSlots = 2, kStages = 2;
+
+// Blocks of a multiprocessor that registers are given out for.
+constexpr int blocks_for(bool last, int size) {
+    return last || size == 8 ? 2 : 3;
+}
 
 // Values per channel in shared memory.
 constexpr int kForwardValues = 3, kBackwardValues = 6;
@@ -93,6 +100,7 @@ struct Shared {
 template <class T, bool kLast, int kSlots, int kOperands>
 struct Tile {
     static constexpr int kVector = Vector<T>::size;
+    static constexpr unsigned kWhole = Lane<T, kLast>::kWhole;
     const BatchNormPlan& p;
     const T* operands[kOperands];  // x first, unless there is none; p.operands of them
     const T* extra;                // one that applying alone reads, or null
@@ -120,24 +128,30 @@ struct Tile {
         for (int o = 0; o < kOperands; ++o) operands[o] = tensors[o];
     }
 
-    // Row of slots u of batch h of an operand; of the extra one where there is no such operand.
-    __device__ __forceinline__ Vector<T>* row(unsigned h, int operand, int u) const {
+    // Rows of slots of batch h of an operand, p.pitch apart; of the extra one where there is no
+    // such operand.
+    __device__ __forceinline__ Vector<T>* rows(unsigned h, int operand) const {
         const unsigned place = h < loose ? p.held + h % kStages : h - loose;
         const unsigned buffer =
             operand == p.operands ? p.buffers + h % kStages : place * p.operands + operand;
-        return buffers + (long(buffer) * kSlots + u) * p.pitch;
+        return buffers + buffer * kSlots * p.pitch;
     }
-    __device__ __forceinline__ Vector<T>& at(unsigned h, int operand, int u) const {
-        return row(h, operand, u)[lane.place];
+    // This thread's slot of the first row.
+    __device__ __forceinline__ Vector<T>* slots(unsigned h, int operand) const {
+        return rows(h, operand) + lane.place;
+    }
+    __device__ __forceinline__ void get(const Vector<T>* slots, int u,
+                                        Wide<T> (&wide)[kVector]) const {
+        widen(load_vector(slots[u * p.pitch].v), wide);
     }
     __device__ __forceinline__ unsigned position(unsigned h, int u) const {
         return lane.position(p, (first + h) * kSlots + u);
     }
-    __device__ __forceinline__ Slot slot(unsigned h, int u) const {
-        return lane.slot(p, position(h, u));
+    __device__ __forceinline__ Target target(unsigned h, int u) const {
+        return lane.target(p, position(h, u));
     }
-    __device__ __forceinline__ Part part(unsigned h, int u) const {
-        return lane.part(p, position(h, u));
+    __device__ __forceinline__ bool exists(unsigned h, int u) const {
+        return position(h, u) < lane.positions;
     }
 
     __device__ __forceinline__ unsigned batch(unsigned i) const { return back ? count - 1 - i : i; }
@@ -146,7 +160,7 @@ struct Tile {
         while (copied < count && (copied < i + kStages || (!back && copied >= loose))) {
             const unsigned h = batch(copied++);
             const int begin = back && h >= loose ? p.operands : 0;
-            copy_batch(h, begin, p.operands + (back && extra != nullptr), back || h >= loose);
+            copy_batch(h, begin, back && extra != nullptr, back || h >= loose);
         }
     }
     __device__ __forceinline__ void arrived(unsigned i) const { copies_done(copied - 1 - i); }
@@ -157,37 +171,69 @@ struct Tile {
     }
 
   private:
-    __device__ __forceinline__ void copy_batch(unsigned h, int begin, int end, bool once) {
+    // Operands from `begin` on; with the extra one if applying needs it.
+    __device__ __forceinline__ void copy_batch(unsigned h, int begin, bool with_extra, bool once) {
+        if constexpr (!kLast) {
+            if (p.transposed && has_x && begin == 0) {
+                copy_transposed(h, operands[0]);
+                begin = 1;
+            }
+        }
+        const uint64_t policy = copy_policy(once);
+        if (p.quick && (kLast || !p.ragged)) {
+            copy_quick<true>(h, begin, with_extra, policy);
+        } else if (p.quick) {
+            copy_quick<false>(h, begin, with_extra, policy);
+        } else if (begin < p.operands || with_extra) {
 #pragma unroll 1
-        for (int o = begin; o < end; ++o) {
-            const T* from = o == p.operands ? extra : operands[0];
-#pragma unroll
-            for (int i = 1; i < kOperands; ++i)
-                if (i == o && o != p.operands) from = operands[i];
-            copy(h, o, from, has_x && o == 0, once);
+            for (int u = 0; u < kSlots; ++u) copy_slowly(h, u, begin, with_extra, policy);
         }
         copies_end();
     }
 
-    // x has strides of its own, the others lie as y does.
-    __device__ __forceinline__ void copy(unsigned h, int operand, const T* from, bool is_x,
-                                         bool once) {
-        if constexpr (!kLast) {
-            if (is_x && p.transposed) return copy_transposed(h, from);
-        }
-        const uint64_t policy = copy_policy(once);
-#pragma unroll 1
+    // x has strides of its own, the others lie as y does. The neighbours of a run's first or last
+    // elements may be read with them.
+    template <bool kWholeSlots>
+    __device__ __forceinline__ void copy_quick(unsigned h, int begin, bool with_extra,
+                                               uint64_t policy) {
+#pragma unroll
         for (int u = 0; u < kSlots; ++u) {
-            const Slot s = slot(h, u);
-            if (s.run == 0) continue;
-            const T* begin = from + (is_x ? s.x : s.y);
-            // the neighbours of a run's first or last elements may be read with them
-            const bool inside =
-                s.whole<T>() || ((!is_x || p.dense) && s.y >= 0 && s.y + kVector <= p.elements);
-            if (inside && misalignment(begin) == 0) {
-                copy_async(&at(h, operand, u), begin, policy);
+            const unsigned i = position(h, u);
+            if (i >= lane.positions) continue;
+            const Slot s = lane.template slot<unsigned, kWholeSlots>(p, i);
+            const unsigned left = unsigned(p.elements) - unsigned(s.y);  // of the tensor
+            const int bytes = !kWholeSlots && left < kVector ? int(left * sizeof(T)) : 16;
+            Vector<T>* to = slots(h, 0) + u * p.pitch;
+#pragma unroll
+            for (int o = 0; o < kOperands && o < p.operands; ++o, to += kSlots * p.pitch) {
+                if (o >= begin)
+                    copy_async(to, operands[o] + (has_x && o == 0 ? s.x : s.y), policy, bytes);
+            }
+            if (with_extra)
+                copy_async(slots(h, p.operands) + u * p.pitch, extra + s.y, policy, bytes);
+        }
+    }
+
+    __device__ __forceinline__ void copy_slowly(unsigned h, int u, int begin, bool with_extra,
+                                                uint64_t policy) {
+        const unsigned i = position(h, u);
+        if (i >= lane.positions) return;
+        const Slot s = lane.template slot<long, false>(p, i);
+        const bool inside = s.y + kVector <= p.elements;
+        const bool whole = s.elements<kVector>() == kWhole;
+#pragma unroll 1
+        for (int o = begin; o < p.operands + with_extra; ++o) {
+            const T* from = o == p.operands ? extra : operands[0];
+#pragma unroll
+            for (int i = 1; i < kOperands; ++i)
+                if (i == o && o != p.operands) from = operands[i];
+            const bool is_x = has_x && o == 0;
+            from += is_x ? s.x : s.y;
+            Vector<T>* to = slots(h, o) + u * p.pitch;
+            if ((whole || ((!is_x || p.dense) && inside)) && misalignment(from) == 0) {
+                copy_async(to, from, policy);
             } else {
-                at(h, operand, u) = load_part(begin, s);
+                *to = load_part(from, s);
             }
         }
     }
@@ -210,12 +256,14 @@ struct Tile {
             Vector<T> v = {};
             if (i < p.positions && rest < s.S && c < s.C) {
                 const T* begin = x + n * s.x_stride_n + rest * s.x_stride_s + c;
-                const Slot channels = {0, 0, c, s.C};
-                v = channels.whole<T>() && misalignment(begin) == 0 ? load_vector(begin)
-                                                                    : load_part(begin, channels);
+                const long left = s.C - c;
+                const Slot channels = {0, 0, int(min(c, long(kVector))),
+                                       int(min(left, long(kVector) * 2))};
+                v = left >= kVector && misalignment(begin) == 0 ? load_vector(begin)
+                                                                : load_part(begin, channels);
             }
             const int index = position & (threads - 1), round = index >> bits(p.lanes);
-            Vector<T>* to = row(h, 0, position >> bits(threads));
+            Vector<T>* to = rows(h, 0) + (position >> bits(threads)) * p.pitch;
 #pragma unroll
             for (int k = 0; k < kVector; ++k) {
                 const int thread =
@@ -302,11 +350,11 @@ struct Straight {
     bool rectified;
     __device__ __forceinline__ explicit Straight(Activation activation)
         : rectified(activation == Activation::relu) {}
-    template <class W>
+    template <class T, class W = Wide<T>>
     __device__ __forceinline__ W value(W z) const {
         return rectified && z <= W(0) ? W(0) : z;
     }
-    template <class W>
+    template <class T, class W = Wide<T>>
     __device__ __forceinline__ W slope(W z) const {
         return rectified && z <= W(0) ? W(0) : W(1);
     }
@@ -320,6 +368,12 @@ __device__ __forceinline__ void with_formula(const Activity& activity, F f) {
     } else {
         f(activity);
     }
+}
+
+inline bool begins_on_16_bytes(std::initializer_list<const void*> tensors) {
+    uintptr_t all = 0;
+    for (const void* tensor : tensors) all |= reinterpret_cast<uintptr_t>(tensor);
+    return all % 16 == 0;
 }
 
 // Calls f with the kernel's type of an activation: that of one of its own, or Any.

@@ -130,9 +130,9 @@ void bind_batch_norm(py::module_& m) {
           [](long N, long C, long S, long x_stride_n, long x_stride_c, long x_stride_s, bool y_last,
              Dtype dtype, Activation activation, bool backward, bool one_pass, int operands,
              int extras, int form, int batches) {
-              const BatchNormShape shape = {N, C, S, x_stride_n, x_stride_c, x_stride_s, y_last};
-              const BatchNormRequest request = {dtype,    activation, backward, one_pass,
-                                                operands, extras,     form,     batches};
+              const BatchNormShape shape = {N, C, S, x_stride_n, x_stride_c, x_stride_s, 0, 0, 0};
+              const BatchNormRequest request = {dtype,    activation, y_last, backward, one_pass,
+                                                operands, extras,     form,   batches};
               BatchNormPlan plan;
               check("batch_norm_plan", batch_norm_plan(shape, request, &plan));
               return plan;

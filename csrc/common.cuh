@@ -76,6 +76,32 @@ __device__ __forceinline__ Vector<T> load_vector(const T* p) {
     return v;
 }
 
+// All elements of a vector, wide.
+template <class T>
+__device__ __forceinline__ void widen(const Vector<T>& v, Wide<T> (&wide)[Vector<T>::size]) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        // the upper halves of floats: one instruction each
+        unsigned words[4];
+        memcpy(words, &v, 16);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const unsigned pair[2] = {words[i] << 16, words[i] & 0xffff0000u};
+            memcpy(wide + 2 * i, pair, 8);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < Vector<T>::size; ++j) wide[j] = widen(v.v[j]);
+    }
+}
+
+template <class T>
+__device__ __forceinline__ Vector<T> narrow(const Wide<T> (&wide)[Vector<T>::size]) {
+    Vector<T> v;
+#pragma unroll
+    for (int j = 0; j < Vector<T>::size; ++j) v.v[j] = static_cast<T>(wide[j]);
+    return v;
+}
+
 // Data that this launch does not read again.
 template <class T>
 __device__ __forceinline__ Vector<T> load_vector_once(const T* p) {

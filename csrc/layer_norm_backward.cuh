@@ -68,7 +68,7 @@ __device__ __forceinline__ void pull_back(const LayerNormBackward& a, const Vect
                 with_activation(a.activation, [&](auto formula) {
 #pragma unroll
                     for (int j = four; j < min(four + 4, kVector); ++j)
-                        dz[j] *= decltype(formula)::slope(x_hat[j] * g[j] + bias[j]);
+                        dz[j] *= decltype(formula)::template slope<T>(x_hat[j] * g[j] + bias[j]);
                 });
             }
         }

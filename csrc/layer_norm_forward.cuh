@@ -130,7 +130,7 @@ __device__ __forceinline__ void normalize(const LayerNormForward& a, const Part<
     load_columns<kFast, T>(a.bias, col, rest, W(0), parameter);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) z[j] += parameter[j];
-    activate<Act>(a.activation, z);
+    activate<T, Act>(a.activation, z);
     if (a.y.dtype == dtype_of<T>) {
         Vector<T> y;
 #pragma unroll

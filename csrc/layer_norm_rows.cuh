@@ -220,12 +220,12 @@ __device__ __forceinline__ void load_columns(Array a, long c, int rest, Wide<T> 
 using Identity = Fixed<activations::identity>;
 
 // z becomes the activation's value; one switch for all lanes of a vector.
-template <class Act, int n, class W>
-__device__ __forceinline__ void activate(Activation which, W (&z)[n]) {
+template <class T, class Act, int n>
+__device__ __forceinline__ void activate(Activation which, Wide<T> (&z)[n]) {
     if constexpr (!std::is_same_v<Act, Identity>) {
         with_activation(which, [&](auto formula) {
 #pragma unroll
-            for (int j = 0; j < n; ++j) z[j] = decltype(formula)::value(z[j]);
+            for (int j = 0; j < n; ++j) z[j] = decltype(formula)::template value<T>(z[j]);
         });
     }
 }

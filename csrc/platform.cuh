@@ -77,12 +77,15 @@ __device__ __forceinline__ uint64_t copy_policy(bool once) {
     return once ? first : normal;
 }
 
-// Copies 16 bytes from global to shared memory without waiting for them: the thread that started
-// copies ends a group of them with copies_end(), and finds the groups there after copies_done().
-__device__ __forceinline__ void copy_async(void* shared, const void* global, uint64_t policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+// Copies 16 bytes, or fewer and then zeros, from global to shared memory without waiting for them:
+// the thread that started copies ends a group of them with copies_end(), and finds the groups there
+// after copies_done().
+__device__ __forceinline__ void copy_async(void* shared, const void* global, uint64_t policy,
+                                           int bytes = 16) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
                  :
-                 : "r"(unsigned(__cvta_generic_to_shared(shared))), "l"(global), "l"(policy)
+                 : "r"(unsigned(__cvta_generic_to_shared(shared))), "l"(global), "r"(bytes),
+                   "l"(policy)
                  : "memory");
 }
 
@@ -106,10 +109,17 @@ __device__ __forceinline__ void prefetch(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// 1 / x to one unit in the last place, subnormal results included, without a slow path.
+// 1 / x to one unit in the last place, in one instruction: zero where 1 / x is subnormal.
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
-    asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 2^x to two units in the last place: zero where that is subnormal.
+__device__ __forceinline__ float exp2_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -147,6 +157,9 @@ inline void store_evict_first(uint4* p, uint4 v) {
 inline void prefetch(const void*) {}
 inline float reciprocal(float x) {
     return 1.0f / x;
+}
+inline float exp2_approximate(float x) {
+    return exp2f(x);
 }
 inline void forget(uint4&) {}
 

@@ -61,6 +61,7 @@ int lane();
 struct Copy {
     void* to;
     const void* from;
+    int bytes;  // of 16; zeros for the rest
 };
 void enqueue(Copy copy);  // of this thread's group of copies
 void copies_end();
@@ -133,13 +134,15 @@ T load_acquire(const T* p, EMULATION_HERE) {
 inline uint64_t copy_policy(bool) {
     return 0;
 }
-inline void copy_async(void* shared, const void* global, uint64_t) {
+inline void copy_async(void* shared, const void* global, uint64_t, int bytes = 16) {
     std::memset(shared, 0xff, 16);
-    enqueue({shared, global});
+    enqueue({shared, global, bytes});
 }
 inline void copies_done(unsigned running) {
-    for (Copy copy; due(running, &copy);)
-        *static_cast<uint4*>(copy.to) = *static_cast<const uint4*>(copy.from);
+    for (Copy copy; due(running, &copy);) {
+        std::memset(copy.to, 0, 16);
+        std::memcpy(copy.to, copy.from, std::size_t(copy.bytes));
+    }
 }
 
 }  // namespace emulation
