@@ -28,7 +28,7 @@ GELU, SILU = (
     Problem("activation", name, (256,), "flat", "float32", TRAINING) for name in ("gelu", "silu")
 )
 SMALL = ["--suite", "host", "--device", "cpu", "--op", "activation", "--variant", "gelu"]
-SMALL += ["--providers", "torch", "--budget", "60"]
+SMALL += ["--providers", "torch", "--budget", "300"]
 MODEL = next(iter(MODELS))
 CLEAN = "0123456789abcdef"
 
