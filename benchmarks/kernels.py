@@ -70,7 +70,7 @@ def kernels(call: Callable[[], Any], device: str) -> Kernels | None:
     """Of a call that has run before, its data in the caches; on a CPU its ops, for the tests."""
     on_cpu = device == "cpu"
     activity = ProfilerActivity.CPU if on_cpu else ProfilerActivity.CUDA
-    with profile(activities=[activity]) as profiler:
+    with profile(activities=[activity], acc_events=True) as profiler:
         for _ in range(CALLS):
             call()
         timing.synchronize(device)

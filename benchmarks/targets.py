@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from benchmarks import kernels
 from benchmarks.floors import FLOORS
-from benchmarks.problems import TRAINING, Problem
+from benchmarks.problems import DTYPES, TRAINING, Problem
 from benchmarks.report.lines import (
     DEVICE_MODES,
     Against,
@@ -131,7 +131,7 @@ def _norm_floor(problem: Problem, mode: str) -> float:
 
 def floor_fraction(line: Line) -> float | None:
     """What a line's floor fraction is to be; None where no floor is asked for."""
-    if line.mode not in TRAINING:
+    if line.mode not in TRAINING or line.dtype not in DTYPES:
         return None
     problem = Problem(line.op, line.variant, line.shape, line.layout, line.dtype)
     large = problem.numel * problem.itemsize >= LARGE
@@ -159,7 +159,8 @@ def _speed(what: str, wanted: float, found: Against | None) -> Iterator[Target]:
 
 def _epilogue(line: Line, plain: Line | None) -> Iterator[Target]:
     """An activation in a norm is next to free where memory is what the norm waits for."""
-    if plain is None or plain.ours is None or line.mebibytes * 2**20 < LARGE:
+    large = line.mebibytes * 2**20 >= LARGE
+    if plain is None or plain.ours is None or not large or line.mode not in EPILOGUE:
         return
     found = line.against(plain.ours)
     if found is not None:

@@ -23,7 +23,8 @@ MEBIBYTES = 0.5
 
 def peak(call: Callable[[], Any], owned: int, device: str) -> float:
     """As timing.peak_memory_mib counts on a GPU, by the profiler's list of allocations."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    wanted = {"activities": [ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
+    with profile(**wanted) as profiler:
         call()
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

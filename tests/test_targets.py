@@ -62,6 +62,17 @@ def test_floor_that_is_asked_for(
         assert found == (wanted and pytest.approx(wanted)), mode
 
 
+def test_what_no_suite_measures_has_no_floor() -> None:
+    for mode, dtype in (("forward+backward", "bfloat16"), ("forward", "float64")):
+        given = [
+            Row("batch_norm", name, mode, list(IMAGE), "nchw", dtype, "fastnorm", 1.0,
+                floor_fraction=0.1)
+            for name in ("plain", "silu")
+        ]  # fmt: skip
+        for one in targets.verdicts(side_by_side(given)):
+            assert [target.what for target in one.missed] == []
+
+
 def rows(
     op: str, variant: str, mode: str, shape: tuple[int, ...], times: dict[str, float],
     layout: str = "flat", spread: float = 0.001, **ours: object,
