@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,7 +107,7 @@ def target_cell(one: targets.Verdict) -> Cell:
     """Whether a row is what it is to be: the target that it misses by most, or the first it has."""
     every = "; ".join(map(str, one.targets))
     if one.failed:
-        return Cell("missed, no result", -math.inf)
+        return Cell("missed, no result", -1e99)
     if one.missed:
         return Cell(f"missed {one.missed[0].brief}", -one.short, title=every)
     return Cell(f"met {one.targets[0].brief}" if one.targets else "", 1.0, title=every)
