@@ -58,14 +58,14 @@ def _device(run: Run, path: Path, root: Path) -> list[str]:
     others = [line for line in run.lines if line.op != "model"]
     if others:
         told += [*markdown_table(SUMMARY, summary_rows(others), 3), "", *_prose(SUMMARY_LEGEND)]
-    if models:
-        one = table("models", models, run)
-        rows = ([cell.text for cell in row] for row in one.rows)
-        told += [f"Models: {one.unit}.", "", *markdown_table(one.header, rows, 4), ""]
     told += _prose(sentence) if (sentence := memory_sentence(run.lines)) else []
     if not run.environment.on_cpu:
         told += ["Rows that meet what `benchmarks/targets.py` asks, and geometric means:", ""]
         told += [*markdown_table(target_header(), target_rows(run.lines), 1), ""]
+    if models:
+        one = table("models", models, run)
+        rows = ([cell.text for cell in row] for row in one.rows)
+        told += [f"Models: {one.unit}.", "", *markdown_table(one.header, rows, 4), ""]
     folder = path.parent
     there = [picture.name for picture in sorted(folder.glob("*.png"))]
     link = folder.relative_to(root).as_posix()
