@@ -128,7 +128,7 @@ def test_models_have_a_table_of_their_own(root: Path) -> None:
     save(Results(made_up.GPU, list(made_up.model_rows())), path)
     inside = readme.readme_table(root)
     assert "Models: median time of a training step, ms, and peak memory, MiB." in inside
-    assert inside.count("| ResNet-50 |") == 1 and "| model |" not in inside
+    assert inside.count("| resnet50 |") == 1 and "| model |" not in inside
 
 
 def test_the_command_draws_pictures_and_writes_the_section(

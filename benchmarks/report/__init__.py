@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.report import difference, readme
 from benchmarks.report.lines import Run, read, runs
+from benchmarks.report.markdown import markdown
 from benchmarks.report.page import page
-from benchmarks.report.tables import markdown
 from benchmarks.report.terminal import terminal
 from benchmarks.schema import ResultsError
 

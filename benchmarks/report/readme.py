@@ -6,12 +6,14 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import targets
+from benchmarks.report.asked import memory_sentence, target_header, target_rows
 from benchmarks.report.lines import Run, runs, state
+from benchmarks.report.markdown import markdown_table
 from benchmarks.report.pictures import OVERVIEW
 from benchmarks.report.tables import (
     SUMMARY,
     SUMMARY_LEGEND,
-    markdown_table,
     summary_rows,
     table,
 )
@@ -65,12 +67,16 @@ def _device(run: Run, paths: list[Path], root: Path) -> list[str]:
     """Heading, summary, models, pictures and caption of one device."""
     told = [f"### {run.title}", ""]
     if run.environment.on_cpu:
-        told += _prose(ON_CPU)
+        told += _prose(f"{ON_CPU} {targets.NONE_ON_CPU}")
     told += _prose(run.environment.note) if run.environment.note else []
-    models = run.of("step")
-    others = [line for line in run.lines if line.mode != "step"]
+    models = [line for line in run.lines if line.op == "model"]
+    others = [line for line in run.lines if line.op != "model"]
     if others:
         told += [*markdown_table(SUMMARY, summary_rows(others), 3), "", *_prose(SUMMARY_LEGEND)]
+    told += _prose(sentence) if (sentence := memory_sentence(run.lines)) else []
+    if not run.environment.on_cpu:
+        told += ["Rows that meet what `benchmarks/targets.py` asks, and geometric means:", ""]
+        told += [*markdown_table(target_header(), target_rows(run.lines), 1), ""]
     if models:
         one = table("models", models, run)
         rows = ([cell.text for cell in row] for row in one.rows)
