@@ -48,7 +48,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         noted(module, name)
     monkeypatch.setattr(launch, "processors", lambda device: PROCESSORS)
     engine = sys.modules["fastnorm._cuda"].engine  # type: ignore[attr-defined]
-    engine.configure(sms=PROCESSORS, blocks_per_sm=8, dry=True)
+    engine.configure(sms=PROCESSORS, blocks_per_sm=3, dry=True)
     batch_norm._plan.cache_clear()
     layer_norm._cut.cache_clear()
     yield made
