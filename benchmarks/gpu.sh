@@ -115,8 +115,11 @@ if [ -n "$dry" ]; then
     done
     step sanitizer/small "$(share 30)" "$python" -m benchmarks.small --backend reference --device cpu
 else
-    # as many at once as there are cores, where pytest-xdist is installed
-    many=$("$python" -c 'import xdist; print("-n", min(8, __import__("os").cpu_count()))' 2> /dev/null)
+    # as many at once as there are cores, where pytest-xdist is installed, and in the order of tests/conftest.py: what a
+    # GPU alone can tell comes first. What takes a minute says where it is
+    many=$("$python" -c 'import xdist; print("-n", min(12, __import__("os").cpu_count()), "--maxschedchunk 2")' \
+        2> /dev/null)
+    many+=" -o faulthandler_timeout=60"
     # shellcheck disable=SC2086
     step tests-cuda "$(share 14)" "$python" -m pytest $tests -q $many -k "cuda and not emulat"
     # shellcheck disable=SC2086
