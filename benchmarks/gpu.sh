@@ -124,12 +124,17 @@ else
     step tests-cuda "$(share 14)" "$python" -m pytest $tests -q $many -k "cuda and not emulat"
     # shellcheck disable=SC2086
     step tests-triton "$(share 16)" "$python" -m pytest $tests -q $many -k "triton and not aot"
-    # without torch's allocator between them: it would hide the end of a small tensor
-    for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer/$tool "$(share 10)" compute-sanitizer --tool $tool \
-            --error-exitcode 9 --launch-timeout 60 --kernel-name kns=fastnorm \
-            "$python" -m benchmarks.small --backend cuda --every-way
-    done
+    sanitize() { # tool, backend, part of its kernels' names, more for benchmarks.small
+        # without torch's allocator between them: it would hide the end of a small tensor
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitizer/$1-$2" "$(share 10)" compute-sanitizer --tool "$1" \
+            --error-exitcode 9 --launch-timeout 60 --kernel-name "kns=$3" \
+            "$python" -m benchmarks.small --backend "$2" "${@:4}"
+    }
+    sanitize memcheck cuda fastnorm
+    sanitize racecheck cuda fastnorm
+    # torch's kernels end as Triton's do; of races those alone that wait for each other
+    sanitize memcheck triton _kernel --together
+    sanitize racecheck triton _ticket_kernel --together
 fi
 
 suites=${FASTNORM_SUITES:-ops,models,host,kernelbench}
