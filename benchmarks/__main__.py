@@ -86,7 +86,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     where.add_argument(
         "--keep",
         action="store_true",
-        help="write benchmarks/results/DEVICE/DATE-SHA.json, of a checkout without changes",
+        help="write benchmarks/results/DEVICE/DATE-SHA[-OP].json, of a checkout without changes",
     )
     where.add_argument(
         "--resume", type=Path, metavar="FILE",

@@ -151,8 +151,11 @@ if wanted tests && [ -n "$dry" ]; then
             $tests -q --collect-only -p no:cacheprovider -k $backend
     done
 elif wanted tests; then
-    # as many at once as there are cores, where pytest-xdist is installed
-    many=$("$python" -c 'import xdist; print("-n", min(8, __import__("os").cpu_count()))' 2> /dev/null)
+    # as many at once as there are cores, where pytest-xdist is installed, and in the order of tests/conftest.py: what a
+    # GPU alone can tell comes first. What takes a minute says where it is
+    many=$("$python" -c 'import xdist; print("-n", min(12, __import__("os").cpu_count()), "--maxschedchunk 2")' \
+        2> /dev/null)
+    many+=" -o faulthandler_timeout=60"
     # shellcheck disable=SC2086
     step tests-cuda "$(share 14)" "$python" -m pytest $tests -q $many -k "cuda and not emulat"
     # shellcheck disable=SC2086
@@ -161,12 +164,17 @@ fi
 if wanted sanitize && [ -n "$dry" ]; then
     step sanitizer/small "$(share 30)" "$python" -m benchmarks.small --backend reference --device cpu
 elif wanted sanitize; then
-    # without torch's allocator between them: it would hide the end of a small tensor
-    for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer/$tool "$(share 10)" compute-sanitizer --tool $tool \
-            --error-exitcode 9 --launch-timeout 60 --kernel-name kns=fastnorm \
-            "$python" -m benchmarks.small --backend cuda --every-way
-    done
+    sanitize() { # tool, backend, part of its kernels' names, more for benchmarks.small
+        # without torch's allocator between them: it would hide the end of a small tensor
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitizer/$1-$2" "$(share 10)" compute-sanitizer --tool "$1" \
+            --error-exitcode 9 --launch-timeout 60 --kernel-name "kns=$3" \
+            "$python" -m benchmarks.small --backend "$2" "${@:4}"
+    }
+    sanitize memcheck cuda fastnorm
+    sanitize racecheck cuda fastnorm
+    # torch's kernels end as Triton's do; of races those alone that wait for each other
+    sanitize memcheck triton _kernel --together
+    sanitize racecheck triton _ticket_kernel --together
 fi
 
 device=cuda suites=${FASTNORM_SUITES:-ops,models,host,kernelbench}
@@ -174,7 +182,9 @@ tuned="--op batch_norm --suite ops,kernelbench --distinct --knob FORM LAUNCHES"
 [ -n "$dry" ] && device=cpu suites=quick tuned="--op activation --shape 4096 --mode forward"
 ahead=() # of tune and suite; what runs on a CPU compiles nothing
 wanted prepare && [ -z "$dry" ] && ahead=(--prepare "$(share 15)")
-wanted train && step training "$(share "$([ -n "$dry" ] && echo 30 || echo 10)")" "$python" -m benchmarks train --device $device \
+trains=10
+[ -n "$dry" ] && trains=30
+wanted train && step training "$(share $trains)" "$python" -m benchmarks train --device $device \
     --out "$out/training.json" ${dry:+--model vit --steps 2}
 measure() { # name of the step, command of benchmarks and its options: in its portion of the time
     local name=$1 command=$2 seconds

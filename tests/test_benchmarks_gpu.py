@@ -111,10 +111,9 @@ esac
 SETUP = ("-m pip install -q --no-index", "-", "setup.py build_ext --inplace")
 TESTS = (
     "-c import xdist",
-    "-m pytest tests -q -n 8 -k cuda",
-    "-m pytest tests -q -n 8 -k triton",
-    "--tool memcheck",
-    "--tool racecheck",
+    "-m pytest tests -q -n 8 -o faulthandler_timeout=60 -k cuda",
+    "-m pytest tests -q -n 8 -o faulthandler_timeout=60 -k triton",
+    *(f"--tool {tool}" for _ in ("cuda", "triton") for tool in ("memcheck", "racecheck")),
 )
 TRAIN = "-m benchmarks train --device cuda"
 SUITE = ("-m benchmarks run --device cuda --budget 4", "-m benchmarks.summary")
