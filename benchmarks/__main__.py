@@ -12,8 +12,10 @@ from typing import Any
 
 from benchmarks import command, probe, report, suites, training, tune
 from benchmarks.ops import OPS
+from benchmarks.prepare import add_prepare
 from benchmarks.problems import DTYPES
 from benchmarks.providers import PROVIDERS
+from benchmarks.schema import LAYOUTS
 
 
 def several(choices: Sequence[str]) -> Callable[[str], list[str]]:
@@ -64,6 +66,8 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
     names("--suite", suites.NAMES, ["quick"])
     names("--op", (*OPS, "model"), None)
+    names("--variant", tuple(dict.fromkeys(v for op in OPS.values() for v in op.variants)), None)
+    names("--layout", LAYOUTS, None)
     names("--dtype", tuple(DTYPES), None)
     slow = ", ".join(provider.name for provider in PROVIDERS.values() if provider.slow)
     later = f". Measured after the others, when a clock may have moved: {slow}"
@@ -82,8 +86,14 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     where.add_argument(
         "--keep",
         action="store_true",
-        help="write benchmarks/results/DEVICE/DATE-SHA.json, of a checkout without changes",
+        help="write benchmarks/results/DEVICE/DATE-SHA[-OP].json, of a checkout without changes",
     )
+    where.add_argument(
+        "--resume", type=Path, metavar="FILE",
+        help="go on with a file of this commit, machine and versions: what it has is not measured "
+        "again",
+    )  # fmt: skip
+    add_prepare(run, seconds)
     run.add_argument("--note", default="", help="kept in the file: what else the machine was doing")
     run.add_argument("--plot", action="store_true", help="then write a report beside the file")
     run.set_defaults(run=command.run)
@@ -96,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(commands)
     report.register(commands)
     tune.register(commands, seconds, several)
-    probe.register(commands, several, Flat)
+    probe.register(commands, seconds, several, Flat)
     training.register(commands, several)
     return made
 

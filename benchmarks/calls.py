@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,23 @@ Gradients = tuple[Tensor | None, ...]
 @dataclass
 class Call:
     """An op bound to its tensors. `backward` takes what `forward` returned and a gradient for each
-    of its outputs, as often as it is asked to; `names` are those of the gradients it returns."""
+    of its outputs, as often as it is asked to; `names` are those of the gradients it returns.
+    `last_backward` is that of a training step, which is asked once and lets go of what was saved
+    while it runs; None where `backward` is."""
 
     forward: Callable[[], Any]
     backward: Callable[[Any, tuple[Tensor, ...]], Gradients] | None
     names: tuple[str, ...] = ()
     outputs: Callable[[Any], Any] = lambda result: result
     note: str = ""
+    last_backward: Callable[[Any, tuple[Tensor, ...]], Gradients] | None = None
+
+    def step(self, dys: tuple[Tensor, ...]) -> Gradients:
+        """Forward and backward once, as a training step has them: the outputs live to the end, as
+        the next layer keeps its input."""
+        backward = self.last_backward or self.backward
+        assert backward is not None, "asked only of who has one"
+        return backward(self.forward(), dys)
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,9 @@ def through_autograd(function: Function, tensors: Tensors, note: str = "") -> Ca
     wanted = {name: t for name, t in tensors.items() if t.requires_grad}
     leaves = tuple(wanted.values())
 
-    def backward(result: Any, dys: tuple[Tensor, ...]) -> Gradients:
-        return torch.autograd.grad(result, leaves, dys, retain_graph=True, allow_unused=True)
+    def backward(result: Any, dys: tuple[Tensor, ...], keep: bool = True) -> Gradients:
+        return torch.autograd.grad(result, leaves, dys, retain_graph=keep, allow_unused=True)
 
     names = tuple(f"d{name}" for name in wanted)
-    return Call(lambda: function(**tensors), backward, names, note=note)
+    last = functools.partial(backward, keep=False)
+    return Call(lambda: function(**tensors), backward, names, note=note, last_backward=last)

@@ -33,6 +33,7 @@ class Knob:
     modes: tuple[str, ...] = BOTH
     words: tuple[tuple[int, str], ...] = ()  # what a value stands for
     taken: str = ""  # the field of a launcher's plan that says what its rule takes where it is free
+    alone: bool = False  # nothing else that is turned means anything beside it
 
     def default(self) -> int | None:
         """What the launcher says now; None for a launch option, which every kernel has its own
@@ -60,6 +61,9 @@ class Knob:
         return None
 
 
+# What can be turned of each op and backend: a line here, and the rest follows. A name, where it is,
+# its values (the default among them), and what `tune` is to know of it.
+
 _PLAN = "fastnorm.ops.batch_norm.plan"
 _LAYER_NORM = "fastnorm.ops.layer_norm.triton"
 _WEIGHT_NORM = "fastnorm.ops.weight_norm.triton"
@@ -71,13 +75,21 @@ _PLANES = (
     _WARPS,
     Knob("GROUP_BYTES", _PLAN, (512, 1024, 4096)),
 )
+_LAUNCHES = Knob(
+    "LAUNCHES", "benchmarks.two_launches", (1, 2), words=((2, "two launches"),), alone=True
+)
 _BATCH_NORM_CUDA = "fastnorm.ops.batch_norm.cuda"
 _LAYER_NORM_CUDA = "fastnorm.ops.layer_norm.cuda"
 # the order of BatchNormForm in csrc/batch_norm.h
 _FORMS = tuple(enumerate(("pass", "owner", "hold", "ticket", "stream")))
+_TILES = (
+    # of a form and of a tile's batches; -1 and 0: the closed rule
+    Knob("FORM", _BATCH_NORM_CUDA, (-1, 1, 2, 3, 4), words=_FORMS, taken="form"),
+    Knob("BATCHES", _BATCH_NORM_CUDA, (0, 1, 2, 4, 8), taken="batches"),
+)
 
 KNOBS: dict[tuple[str, str], tuple[Knob, ...]] = {
-    ("batch_norm", "triton"): _PLANES,
+    ("batch_norm", "triton"): (*_PLANES, _LAUNCHES),
     ("mean_only_batch_norm", "triton"): _PLANES,
     ("layer_norm", "triton"): (
         # rows in registers up to here, by chunks beyond
@@ -100,11 +112,8 @@ KNOBS: dict[tuple[str, str], tuple[Knob, ...]] = {
         Knob("BLOCK_BYTES", "fastnorm.ops.activation.triton", (4096, 8192, 16384, 32768)),
         _WARPS,
     ),
-    ("batch_norm", "cuda"): (
-        # of a form and of a tile's batches; -1 and 0: the closed rule
-        Knob("FORM", _BATCH_NORM_CUDA, (-1, 1, 2, 3, 4), words=_FORMS, taken="form"),
-        Knob("BATCHES", _BATCH_NORM_CUDA, (0, 1, 2, 4, 8), taken="batches"),
-    ),
+    ("batch_norm", "cuda"): (*_TILES, _LAUNCHES),
+    ("mean_only_batch_norm", "cuda"): _TILES,
     ("layer_norm", "cuda"): (
         Knob("LIMITS.forward", _LAYER_NORM_CUDA, (0, 512, 1024, 2048), FORWARD),
         Knob("LIMITS.backward", _LAYER_NORM_CUDA, (0, 256, 512, 1024), BACKWARD),
@@ -113,7 +122,6 @@ KNOBS: dict[tuple[str, str], tuple[Knob, ...]] = {
         Knob("LIMITS.group", _LAYER_NORM_CUDA, (8, 16, 32), BACKWARD),
     ),
 }
-KNOBS["mean_only_batch_norm", "cuda"] = KNOBS["batch_norm", "cuda"]
 
 AS_IT_IS = "as it is"
 Changes = tuple[tuple[str, int], ...]  # (knob, value) of each that is not at its default
@@ -130,11 +138,13 @@ def candidates(chosen: Iterable[Knob], mode: str) -> list[Changes]:
     """Every combination of values for a mode, those that change little first: the default, each
     knob alone, two together, ..."""
     usable = [k for k in chosen if mode in k.modes and k.obstacle() is None]
+    alone = {k.name for k in usable if k.alone}
     values = [(None, *(v for v in k.values if v != k.default())) for k in usable]
-    found = [
+    every = (
         tuple((k.name, v) for k, v in zip(usable, row, strict=True) if v is not None)
         for row in itertools.product(*values)
-    ]
+    )
+    found = [changes for changes in every if len(changes) == 1 or not alone & dict(changes).keys()]
     return sorted(found, key=len)
 
 

@@ -66,5 +66,6 @@ FLOORS: dict[str, Callable[[Problem, str], int]] = {
 
 
 def floor_bytes(problem: Problem, mode: str) -> int | None:
-    """The floor of a mode of a problem; None for host time, which moves nothing."""
-    return None if mode == "host" else FLOORS[problem.op](problem, mode)
+    """The floor of a mode of a problem; None for host time, which moves nothing, and for the wall
+    clock of a step, which is host time too."""
+    return None if mode in ("host", "step") else FLOORS[problem.op](problem, mode)

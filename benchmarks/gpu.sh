@@ -1,21 +1,34 @@
 #!/usr/bin/env bash
-# Everything worth doing on a GPU, in one call: build for its architecture, the tests on both backends,
-# compute-sanitizer on small shapes, whether it is the same training, then the suite in what is left.
+# What is worth doing on a GPU, in one call or in parts: build for its architecture, the tests on both
+# backends, compute-sanitizer on small shapes, whether it is the same training, the suite in what is left.
 #
 #     benchmarks/gpu.sh [--dry-run] BUDGET OUT_DIR
 #
-# BUDGET: seconds for everything; 520 fits a machine that is lent for nine minutes.
-# OUT_DIR: gets results.json, training.json, summary.txt and six logs. What fails there does not stop the rest, and
-# is named in the last lines; the exit status is 1 if anything failed.
+# BUDGET: seconds for everything. A machine that is lent for half an hour, ten minutes a call, starting it
+# included, has time for three of 500: is it right, which form and why, how fast is it.
+#
+#     FASTNORM_STEPS=build,tests,sanitize,train benchmarks/gpu.sh 500 out
+#     FASTNORM_STEPS=build,probe,tune benchmarks/gpu.sh 500 out
+#     FASTNORM_STEPS=build,prepare,suite FASTNORM_RUN="--op batch_norm" benchmarks/gpu.sh 500 out
+#
+# OUT_DIR: gets at most seven files, none in a folder: results.json, summary.txt, training.json and .png,
+# probe.json, tune.json, and every log in logs.tar.gz. What fails does not stop the rest, and is named in
+# the last lines; the exit status is 1 if anything failed.
 # --dry-run: the same on a machine without a GPU, less what needs one: the tests are collected, the small
 # shapes and the quick suite run on the CPU.
 #
-# PYTHON            which Python, with torch in it (python3)
-# FASTNORM_COMMIT   the sha that the results name, "-dirty" behind it where files differ; else git is asked
-# FASTNORM_WHEELS   a folder of wheels to install before anything else, without a network
+# FASTNORM_STEPS    which of build, tests, sanitize, train, prepare, probe, tune, suite, with commas between
+#                   them (all but probe and tune); prepare: tune and suite compile in many processes first
+# FASTNORM_RUN      more for `benchmarks run`: "--op batch_norm --providers torch,fastnorm"
+# FASTNORM_RESUME   a results.json of this commit and machine, which the suite goes on with
+# FASTNORM_PROBE, FASTNORM_TUNE   what they are asked: "--op layer_norm --shape 4096x768", "--op layer_norm
+#                   --suite ops" (all probes; the forms of batch norm on every shape)
 # FASTNORM_TESTS    which tests, with spaces between them (tests)
 # FASTNORM_SUITES   which suites, with commas between them (ops,models,host,kernelbench)
+# FASTNORM_COMMIT   the sha that the results name, "-dirty" behind it where files differ; else git is asked
+# FASTNORM_WHEELS   a folder of wheels to install before anything else, without a network
 # FASTNORM_BUILD_CUDA=0   leave the extension out
+# PYTHON            which Python, with torch in it (python3)
 set -uo pipefail
 
 usage() {
@@ -31,6 +44,12 @@ budget=$1
 mkdir -p "$2" || exit 2
 out=$(cd "$2" && pwd)
 [ -z "$(ls -A "$out")" ] || { echo "OUT_DIR $out is not empty: a measurement is never overwritten" >&2; exit 2; }
+steps=,${FASTNORM_STEPS:-build,tests,sanitize,train,prepare,suite},
+for name in ${steps//,/ }; do
+    [[ ,build,tests,sanitize,train,prepare,probe,tune,suite, == *,$name,* ]] ||
+        { echo "FASTNORM_STEPS has $name, which is no step" >&2; usage; }
+done
+wanted() { [[ $steps == *,$1,* ]]; }
 top=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 failed=()
@@ -40,23 +59,36 @@ share() { # percent of the whole budget, or what is left
     local wanted=$((budget * $1 / 100))
     echo $((wanted < $(left) ? wanted : $(left)))
 }
+reserve=20 # to start, to end, and for the summary
+open=0     # steps that take all the time they get
+for name in probe tune suite; do wanted $name && open=$((open + 1)); done
+portion() { # of what is left, for one of these: as much as for each that comes after it
+    local given=$((($(left) - reserve) / open))
+    [ -n "$dry" ] && [ $given -gt 30 ] && given=30
+    echo $((given > 1 ? given : 1))
+}
+pack() { # every log so far: what ends this script before its end leaves them there
+    tar c -C "$work" logs | gzip > "$work/logs.tar.gz" && mv "$work/logs.tar.gz" "$out"
+}
 step() { # log/name, seconds, command: logged, ended when its time is over, never the end of the rest
-    local name=${1#*/} log=$out/${1%/*}.log seconds=$2 status
+    local name=${1#*/} log=$work/logs/${1%/*}.log seconds=$2 status
     shift 2
     echo "== $name: up to $seconds s, $(left) s left" | tee -a "$log"
     timeout --signal=INT --kill-after=10 "$seconds" "$@" >> "$log" 2>&1
     status=$?
-    tail -n 4 "$log" | grep -v '^== ' | cut -c 1-200
+    tail -n $((status ? 20 : 4)) "$log" | grep -v '^== ' | cut -c 1-200
     if [ $status -ne 0 ]; then
         [ $status -eq 124 ] && echo "-- $name: its time was over" || echo "-- $name: exit status $status"
         failed+=("$name")
     fi
+    pack
     return $status
 }
 
 # a copy, so that nothing built here stands in the checkout
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap '[ -d "$work/logs" ] && pack; rm -rf "$work"' EXIT
+trap 'exit 143' TERM
 if [ -z "${FASTNORM_COMMIT:-}" ] && sha=$(git -C "$top" rev-parse HEAD 2> /dev/null); then
     # as benchmarks/environment.py has it: changes, and sources that are new
     [ -z "$(git -C "$top" status --porcelain --untracked-files=no
@@ -65,7 +97,12 @@ if [ -z "${FASTNORM_COMMIT:-}" ] && sha=$(git -C "$top" rev-parse HEAD 2> /dev/n
     FASTNORM_COMMIT=$sha
 fi
 export FASTNORM_COMMIT=${FASTNORM_COMMIT:-unknown-dirty}
-mkdir "$work/tree" "$work/site"
+if [ -n "${FASTNORM_RESUME:-}" ]; then # asked again, of everything else, before it is measured
+    grep -q "\"commit\": \"$FASTNORM_COMMIT\"" "$FASTNORM_RESUME" ||
+        { echo "FASTNORM_RESUME: $FASTNORM_RESUME is not of commit $FASTNORM_COMMIT" >&2; exit 2; }
+    cp "$FASTNORM_RESUME" "$out/results.json" || exit 2
+fi
+mkdir "$work/tree" "$work/site" "$work/logs"
 (cd "$top" && tar c --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml README.md LICENSE \
     MANIFEST.in csrc fastnorm tests benchmarks) | tar x -C "$work/tree" || exit 1
 mkdir -p "$top/build" && ln -s "$top/build" "$work/tree/build" # objects are kept there, by what is in them
@@ -90,15 +127,15 @@ if [ -n "${FASTNORM_WHEELS:-}" ]; then
 fi
 step setup/machine "$(share 15)" bash -c \
     'nvidia-smi 2> /dev/null || echo "no nvidia-smi"; nvcc --version | tail -n 1; device'
-capability=$(tail -n 1 "$out/setup.log" | grep -oE '[0-9]+\.[0-9]+$')
-if [ -z "$dry" ] && ! grep -q ' [1-9][0-9]* GPUs' "$out/setup.log"; then
+capability=$(tail -n 1 "$work/logs/setup.log" | grep -oE '[0-9]+\.[0-9]+$')
+if [ -z "$dry" ] && ! grep -q ' [1-9][0-9]* GPUs' "$work/logs/setup.log"; then
     echo "no GPU: torch sees none (--dry-run does what needs none)" >&2
     exit 1
 fi
 [ -n "$dry" ] && capability=9.0
 
-if [ "${FASTNORM_BUILD_CUDA:-1}" = 0 ]; then
-    echo "== build: left out, FASTNORM_BUILD_CUDA=0"
+if ! wanted build || [ "${FASTNORM_BUILD_CUDA:-1}" = 0 ]; then
+    echo "== build: left out"
 else
     export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} FASTNORM_BUILD_CUDA=${dry:+auto}
     export FASTNORM_BUILD_CUDA=${FASTNORM_BUILD_CUDA:-1}
@@ -106,43 +143,75 @@ else
 fi
 
 tests=${FASTNORM_TESTS:-tests} # unquoted below: it may be several
-if [ -n "$dry" ]; then
+if wanted tests && [ -n "$dry" ]; then
     # in the checkout, where the kernels are compiled for the CPU already: nothing is written there
     for backend in cuda triton; do
         # shellcheck disable=SC2086
         step tests-$backend "$(share 40)" env -C "$top" PYTHONPATH="$work/site:$top" "$python" -m pytest \
             $tests -q --collect-only -p no:cacheprovider -k $backend
     done
-    step sanitizer/small "$(share 30)" "$python" -m benchmarks.small --backend reference --device cpu
-else
-    # as many at once as there are cores, where pytest-xdist is installed
-    many=$("$python" -c 'import xdist; print("-n", min(8, __import__("os").cpu_count()))' 2> /dev/null)
+elif wanted tests; then
+    # as many at once as there are cores, where pytest-xdist is installed, and in the order of tests/conftest.py: what a
+    # GPU alone can tell comes first. What takes a minute says where it is
+    many=$("$python" -c 'import xdist; print("-n", min(12, __import__("os").cpu_count()), "--maxschedchunk 2")' \
+        2> /dev/null)
+    many+=" -o faulthandler_timeout=60"
     # shellcheck disable=SC2086
     step tests-cuda "$(share 14)" "$python" -m pytest $tests -q $many -k "cuda and not emulat"
     # shellcheck disable=SC2086
     step tests-triton "$(share 16)" "$python" -m pytest $tests -q $many -k "triton and not aot"
-    # without torch's allocator between them: it would hide the end of a small tensor
-    for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer/$tool "$(share 10)" compute-sanitizer --tool $tool \
-            --error-exitcode 9 --launch-timeout 60 --kernel-name kns=fastnorm \
-            "$python" -m benchmarks.small --backend cuda --every-way
-    done
+fi
+if wanted sanitize && [ -n "$dry" ]; then
+    step sanitizer/small "$(share 30)" "$python" -m benchmarks.small --backend reference --device cpu
+elif wanted sanitize; then
+    sanitize() { # tool, backend, part of its kernels' names, more for benchmarks.small
+        # without torch's allocator between them: it would hide the end of a small tensor
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitizer/$1-$2" "$(share 10)" compute-sanitizer --tool "$1" \
+            --error-exitcode 9 --launch-timeout 60 --kernel-name "kns=$3" \
+            "$python" -m benchmarks.small --backend "$2" "${@:4}"
+    }
+    sanitize memcheck cuda fastnorm
+    sanitize racecheck cuda fastnorm
+    # torch's kernels end as Triton's do; of races those alone that wait for each other
+    sanitize memcheck triton _kernel --together
+    sanitize racecheck triton _ticket_kernel --together
 fi
 
-suites=${FASTNORM_SUITES:-ops,models,host,kernelbench}
-device=cuda
-[ -n "$dry" ] && suites=quick device=cpu
-step training "$(share 10)" "$python" -m benchmarks train --device $device --out "$out/training.json" ${dry:+--model vit --steps 2}
-reserve=20 # to start, to end, and for the summary
-remaining=$(($(left) - reserve))
-[ -n "$dry" ] && [ $remaining -gt 30 ] && remaining=30
-if [ $remaining -lt 5 ]; then
-    echo "== suite: no time left for it"
-    failed+=(suite)
-else
-    step suite $(($(left) - 3)) "$python" -m benchmarks run --suite "$suites" --device $device \
-        --budget $remaining --out "$out/results.json" ${dry:+--note "a dry run, which measures nothing"}
-    "$python" -m benchmarks.summary "$out/results.json" 2>&1 | tee "$out/summary.txt"
+device=cuda suites=${FASTNORM_SUITES:-ops,models,host,kernelbench}
+tuned="--op batch_norm --suite ops,kernelbench --distinct --knob FORM LAUNCHES"
+[ -n "$dry" ] && device=cpu suites=quick tuned="--op activation --shape 4096 --mode forward"
+ahead=() # of tune and suite; what runs on a CPU compiles nothing
+wanted prepare && [ -z "$dry" ] && ahead=(--prepare "$(share 15)")
+trains=10
+[ -n "$dry" ] && trains=30
+wanted train && step training "$(share $trains)" "$python" -m benchmarks train --device $device \
+    --out "$out/training.json" ${dry:+--model vit --steps 2}
+measure() { # name of the step, command of benchmarks and its options: in its portion of the time
+    local name=$1 command=$2 seconds
+    seconds=$(portion)
+    shift 2
+    if [ "$seconds" -lt 5 ]; then
+        echo "== $name: no time left for it"
+        failed+=("$name")
+    else
+        step "$name" $((seconds + reserve - 3)) \
+            "$python" -m benchmarks "$command" --device $device --budget "$seconds" "$@"
+    fi
+    open=$((open - 1))
+    # its tables; not how far it was now and then
+    [ "$name" = suite ] || grep -vE '^(== |[0-9]+/[0-9]+, )' "$work/logs/$name.log" >> "$out/summary.txt"
+}
+# shellcheck disable=SC2086
+wanted probe && measure probe probe ${FASTNORM_PROBE:-} --out "$out/probe.json"
+# shellcheck disable=SC2086
+wanted tune && measure tune tune ${FASTNORM_TUNE:-$tuned} "${ahead[@]}" --out "$out/tune.json"
+if wanted suite; then
+    where=--out
+    [ -n "${FASTNORM_RESUME:-}" ] && where=--resume
+    # shellcheck disable=SC2086
+    measure suite run --suite "$suites" ${FASTNORM_RUN:-} "${ahead[@]}" \
+        ${dry:+--note "a dry run, which measures nothing"} $where "$out/results.json"
+    "$python" -m benchmarks.summary "$out/results.json" 2>&1 | tee -a "$out/summary.txt"
 fi
 echo
 if [ ${#failed[@]} -gt 0 ]; then

@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks import correctness, timing
+from benchmarks import correctness, kernels, timing
 from benchmarks.calls import Call, Provider
 from benchmarks.correctness import Oracle
 from benchmarks.floors import floor_bytes
 from benchmarks.ops import OPS, Tensors
-from benchmarks.problems import DTYPES, Problem
+from benchmarks.problems import DTYPES, TRAINING, Problem
 from benchmarks.providers import PROVIDERS
 from benchmarks.schema import Row
 
 HOST_GAPS = "its host time is long: the device may have waited for it within the time"
+STEPS, WARMUP = 50, 10  # of a step whose wall clock is taken
 SPREAD = 0.1  # of a copy's own times, from which on a row says it
 SPREAD_COPY = f"floor_fraction is as sure as the copy's own times, over {SPREAD:.0%} apart"
 
@@ -96,11 +97,13 @@ class Stage:
 
 
 class Bench:
-    """What a worker keeps between jobs: the last problem's tensors, and the copies it has timed."""
+    """What a worker keeps between jobs: the last problem's tensors, the copies it has timed, and
+    the process that counts kernels."""
 
     def __init__(self, device: str, seed: int = 0) -> None:
         self.device, self.seed = device, seed
         self.copies = timing.Copies(device)
+        self.counter = kernels.Counter(device, seed)
         self._stage: Stage | None = None
 
     def stage(self, problem: Problem) -> Stage:
@@ -133,9 +136,11 @@ class Bench:
                     row.error, row.torch_error = error, torch_error
                     yield row
                     return
+                counts = self._counts(problem, provider, modes)
                 for mode in modes:
                     row = self._timed(stage, call, mode, provider.name)
                     row.error, row.torch_error = error, torch_error
+                    row.note = "; ".join(filter(None, (row.note, counts.get(mode))))
                     yield row
                     done += 1
         except Exception as error:
@@ -145,14 +150,28 @@ class Bench:
             if "CUDA error" in str(error) or "illegal memory access" in str(error):
                 raise  # the context is gone with it: this process can measure nothing more
 
+    def _counts(self, problem: Problem, provider: Provider, modes: list[str]) -> dict[str, str]:
+        """What the notes of a small problem say of its kernels, by mode. Not of who would compile
+        for seconds once more for it, nor of a provider that the other process does not know."""
+        known = PROVIDERS.get(provider.name) is provider and not provider.slow
+        if self.device == "cpu" or not known or not kernels.wanted(problem):
+            return {}
+        asked = tuple(mode for mode in modes if mode in TRAINING)
+        return self.counter.told(problem, provider.name, asked) if asked else {}
+
     def _timed(self, stage: Stage, call: Call, mode: str, provider: str) -> Row:
         row = blank(stage.problem, mode, provider)
         notes = [call.note] if call.note else []
         if mode == "host":
             found = timing.host_time(call.forward, self.device)
+        elif mode == "step":
+            row.peak_memory_mib = self._memory(stage, call, mode)
+            steps = (STEPS, WARMUP) if self.device != "cpu" else (3, 1)
+            found = timing.step_time(lambda: call.step(stage.oracle.dys), self.device, *steps)
         else:
-            run = self._run(stage, call, mode)
-            row.peak_memory_mib = timing.peak_memory_mib(run, stage.owned(mode), self.device)
+            # before a backward's forward, whose saved tensors would be there when it starts
+            row.peak_memory_mib = self._memory(stage, call, mode)
+            run = self.run_of(stage, call, mode)
             found = timing.device_time(run, self.device)
             if self.device != "cpu":
                 flush = self.copies.milliseconds(timing.FLUSHED_BYTES)
@@ -167,7 +186,15 @@ class Bench:
         row.note = "; ".join(notes)
         return row
 
-    def _run(self, stage: Stage, call: Call, mode: str):  # type: ignore[no-untyped-def]
+    def _memory(self, stage: Stage, call: Call, mode: str) -> float | None:
+        """The peak as a user sees it: of a forward, with its inputs, outputs and what it saves; of
+        anything with a backward, of the forward before it and of the backward together."""
+        dys = stage.oracle.dys
+        run = call.forward if mode == "forward" else lambda: call.step(dys)
+        return timing.peak_memory_mib(run, stage.owned(mode), self.device)
+
+    def run_of(self, stage: Stage, call: Call, mode: str):  # type: ignore[no-untyped-def]
+        """What is timed of a call: as often as it is asked to."""
         if mode == "forward":
             return call.forward
         backward, dys = call.backward, stage.oracle.dys

@@ -138,6 +138,8 @@ def _mean_only_ours(problem: Problem) -> Function:
 
 # layer norm: parameters of x's dtype, because torch takes no other on CUDA
 
+_LAYER_NORM_ACTIVATIONS: dict[str, Function] = {"gelu": F.gelu, "silu": F.silu}
+
 
 def _layer_norm_tensors(problem: Problem, device: str) -> Tensors:
     dtype = DTYPES[problem.dtype]
@@ -154,9 +156,12 @@ def _layer_norm_tensors(problem: Problem, device: str) -> Tensors:
 
 
 def _layer_norm_torch(problem: Problem) -> Function:
+    activation = _LAYER_NORM_ACTIVATIONS.get(problem.variant)
+
     def run(x, weight, bias, residual=None):  # type: ignore[no-untyped-def]
         if residual is None:
-            return F.layer_norm(x, weight.shape, weight, bias)
+            y = F.layer_norm(x, weight.shape, weight, bias)
+            return activation(y) if activation else y
         total = x + residual
         return F.layer_norm(total, weight.shape, weight, bias), total
 
@@ -164,10 +169,13 @@ def _layer_norm_torch(problem: Problem) -> Function:
 
 
 def _layer_norm_ours(problem: Problem) -> Function:
+    name = problem.variant if problem.variant in _LAYER_NORM_ACTIVATIONS else None
+
     def run(x, weight, bias, residual=None):  # type: ignore[no-untyped-def]
         return functional.layer_norm(
-            x, weight.shape, weight, bias, residual=residual, return_sum=residual is not None
-        )
+            x, weight.shape, weight, bias, activation=name, residual=residual,
+            return_sum=residual is not None,
+        )  # fmt: skip
 
     return run
 
@@ -269,7 +277,7 @@ OPS: dict[str, Op] = {
         _mean_only_tensors, _mean_only_torch, _mean_only_ours, _PLANES,
     ),
     "layer_norm": Op(
-        ("plain", "last3", "residual"), ("rows", "nchw"),
+        ("plain", "last3", "residual", *_LAYER_NORM_ACTIVATIONS), ("rows", "nchw"),
         _layer_norm_tensors, _layer_norm_torch, _layer_norm_ours,
         {"x": 0, "residual": 0, "y0": 0, "y1": 0},
     ),

@@ -1,66 +1,49 @@
-"""What batch norm reads and writes of DRAM, over the size of x, as ncu counts it.
+"""What the forms of an op read and write of DRAM, over the size of x, as ncu counts it; and, of a
+problem that was asked for, what its kernels wait for.
 
 ncu runs this module as a program: one call of one form, alone between cudaProfilerStart and Stop,
-so that every kernel of the call is counted and none of what prepares it. Clocks stay as they are.
-ncu leaves the caches alone too: the program itself fills L2 with clean lines before the call, and
-what the first of two launches leaves there, the second finds.
+so that every kernel of the call is counted and none of what prepares it. The program itself fills
+L2 with clean lines before the call.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-import fastnorm
-from benchmarks.calls import Call, Provider, through_autograd
+from benchmarks import correctness, ncu
+from benchmarks.calls import Provider
 from benchmarks.candidates import Changes, knobs, label
-from benchmarks.environment import ROOT
 from benchmarks.jobs import SLOW_S
-from benchmarks.measure import Bench, blank, first_line
-from benchmarks.ops import OPS, Tensors
-from benchmarks.problems import Problem
-from benchmarks.providers import PROVIDERS, Ours
+from benchmarks.measure import Bench, blank
+from benchmarks.ops import OPS
+from benchmarks.problems import DTYPES, TRAINING, Problem
+from benchmarks.providers import PROVIDERS
 from benchmarks.refused import device_of
 from benchmarks.schema import Row
-from benchmarks.tune import Candidate
-from fastnorm import functional
-from fastnorm.ops.batch_norm import sync
+from benchmarks.tune import Candidate, problem_of, shape_of
 
 PROGRAM = "benchmarks.probe_dram"
-READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
-NCU = ("ncu", "--metrics", f"{READ},{WRITTEN}", "--csv", "--print-units", "base",
-       "--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none",
-       "--target-processes", "all", "--print-kernel-base", "function")  # fmt: skip
-NCU_S = 100.0
-PLACES = ("/usr/local/cuda/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu")  # where PATH lacks it
-UNITS = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
+BACKENDS = ("torch", "cuda", "triton")
 FLUSHED_BYTES = 1 << 29  # several times any L2
-
-TWICE = "two-launches-"  # before the name of a backend
 
 # (who, which form, what the design counts on)
 TWO, TICKET = "1.93 read, 0.96 written", "1.00 read, 0.94 written"
 HOLD = "1.00 read, 0.99 written"
 FORMS: tuple[tuple[str, Changes, str], ...] = (
     ("torch", (), TWO),
-    (f"{TWICE}cuda", (), TWO),
+    ("cuda", (("LAUNCHES", 2),), TWO),
     ("cuda", (), HOLD),
     ("cuda", (("FORM", 2),), HOLD),
     ("cuda", (("FORM", 3),), TICKET),
     ("cuda", (("FORM", 4),), ""),
     ("cuda", (("FORM", 1),), ""),
-    (f"{TWICE}triton", (), TWO),
+    ("triton", (("LAUNCHES", 2),), TWO),
     ("triton", (), TICKET),
 )
 
@@ -73,88 +56,37 @@ def problem(device: str, shape: tuple[int, ...] | None = None) -> Problem:
     return Problem("batch_norm", "plain", shape or sizes, "nchw", dtype, ("forward",))
 
 
-class Kernel(NamedTuple):
-    name: str
-    read: float  # bytes
-    written: float
+def options(of: Problem) -> list[str]:
+    """A problem of one mode as this program's options."""
+    return [
+        "--op", of.op, "--variant", of.variant, "--shape", "x".join(map(str, of.shape)),
+        "--layout", of.layout, "--dtype", of.dtype, "--mode", *of.modes,
+    ]  # fmt: skip
 
 
-def parse(text: str) -> list[Kernel]:
-    """The kernels in what `ncu --csv` printed: its own lines, the program's, and the table's."""
-    lines = text.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID",')), len(lines))
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    for cells in csv.DictReader(line for line in lines[start:] if line.startswith('"')):
-        # a number may have its thousands apart, and bytes their unit
-        value = float(cells["Metric Value"].replace(",", "")) * UNITS[cells["Metric Unit"]]
-        found.setdefault((cells["ID"], cells["Kernel Name"]), {})[cells["Metric Name"]] = value
-    return [Kernel(name, of[READ], of[WRITTEN]) for (_, name), of in found.items()]
-
-
-def find_ncu() -> str | None:
-    found = [str(path) for place in PLACES for path in sorted(Path("/").glob(place[1:]))]
-    return shutil.which(NCU[0]) or (found[-1] if found else None)
-
-
-def counted(of: Problem, backend: str, changes: Changes) -> str:
+def counted(of: Problem, backend: str, changes: Changes, reasons: bool) -> str:
     """What ncu counted of one call, or why it did not."""
-    ncu = find_ncu()
-    if ncu is None:
-        return "no DRAM bytes: there is no ncu here"
     if not torch.cuda.is_available():
         return "no DRAM bytes: there is no GPU here"
     turned = [f"{name}={value}" for name, value in changes]
-    command = [ncu, *NCU[1:], sys.executable, "-m", PROGRAM, backend, *turned]
+    program = [PROGRAM, backend, *turned, *options(of)]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=NCU_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"no DRAM bytes: {first_line(error)}"
-    return told(done.stdout, done.stderr, done.returncode, of.numel * of.itemsize)
-
-
-def told(stdout: str, stderr: str, status: int, size: int) -> str:
-    """Bytes over the size of x in a line; the reason, in ncu's words, where there are none."""
+        found, replays = ncu.counted(program, ncu.BYTES)
+        told = ncu.bytes_told(found, replays, of.numel * of.itemsize)
+    except ncu.Uncounted as why:
+        return f"no DRAM bytes: {why}"
+    if not reasons:
+        return told
     try:
-        kernels = parse(stdout)
-    except (KeyError, ValueError) as error:
-        return f"no DRAM bytes: ncu's table is not as expected ({first_line(error)})"
-    if not kernels:
-        said = [line for line in (stdout + "\n" + stderr).splitlines() if line.strip()]
-        errors = [line for line in said if line.startswith("==ERROR==")]
-        why = (errors or said[-1:] or ["it said nothing"])[0]
-        return f"no DRAM bytes: ncu ended with {status}: {why.removeprefix('==ERROR== ')}"[:300]
-    read, written = (sum(values) / size for values in list(zip(*kernels, strict=True))[1:])
-    names = ", ".join(kernel.name for kernel in kernels)
-    passes = max(map(int, re.findall(r"- (\d+) pass", stdout + stderr)), default=1)
-    replayed = f", replayed {passes} times: the caches of a replay are not the call's"
-    return f"DRAM {read:.2f} read, {written:.2f} written of x, in {names}" + (
-        replayed if passes > 1 else ""
-    )
-
-
-class TwoLaunches(Ours):
-    """The statistics in one launch and y in another, as synchronised batch norm has them; between
-    the two a small one that makes one process's statistics those of all."""
-
-    def missing(self, device: str) -> str | None:
-        return fastnorm.backends()[self.backend]
-
-    def bind(self, problem: Problem, tensors: Tensors) -> Call:
-        def run(x, weight, bias, running_mean, running_var):  # type: ignore[no-untyped-def]
-            x = x.detach()
-            statistics = sync._statistics(x)[None]
-            mean, var, _ = sync._merge(statistics, running_mean, running_var, None, 0.1)
-            return functional.batch_norm(x, mean, var, weight.detach(), bias.detach(), False)
-
-        return through_autograd(run, tensors)
+        found, _ = ncu.counted(program, ncu.REASONS)
+        return f"{told}; {ncu.reasons_told(found)}"
+    except ncu.Uncounted as why:
+        return f"{told}; not what it waits for: {why}"
 
 
 def provider(of: Problem, backend: str, changes: Changes) -> Provider:
     if backend == "torch":
         return PROVIDERS["torch"]
-    if backend.startswith(TWICE):
-        ours = backend.removeprefix(TWICE)
-        return TwoLaunches(f"fastnorm-{ours}, two launches", backend=ours)
     how = label(knobs(of, backend), changes)
     return Candidate(f"fastnorm-{backend}, {how}", backend=backend, problem=of, changes=changes)
 
@@ -167,8 +99,13 @@ class DramJob:
     backend: str
     changes: Changes
     predicted: str
+    reasons: bool = False
 
-    family, rank, limit_s = "batch_norm", 0.0, SLOW_S
+    rank, limit_s = 0.0, SLOW_S + ncu.NCU_S
+
+    @property
+    def family(self) -> str:
+        return self.problem.op
 
     @property
     def provider_name(self) -> str:
@@ -181,19 +118,42 @@ class DramJob:
         for row in bench.rows(self.problem, provider(self.problem, self.backend, self.changes)):
             if row.ok:
                 bench.forget()
-                counts = counted(self.problem, self.backend, self.changes)
+                counts = counted(self.problem, self.backend, self.changes, self.reasons)
                 row.note = "; ".join(filter(None, (row.note, counts)))
             yield row
 
     def failed(self, note: str) -> Row:
-        return blank(self.problem, "forward", self.provider_name, note, ok=False)
+        return blank(self.problem, self.problem.modes[0], self.provider_name, note, ok=False)
 
     def __str__(self) -> str:
         return self.provider_name
 
 
 def jobs(device: str) -> list[DramJob]:
+    """The forms of batch norm on the shape that the design speaks of."""
     return [DramJob(problem(device), *form) for form in FORMS]
+
+
+def jobs_of(of: Problem, backends: Sequence[str] = BACKENDS) -> list[DramJob]:
+    """Of a problem that was asked for, in each of its modes: every form of batch norm, any other op
+    as it is."""
+    forms = [(name, changes) for name, changes, _ in FORMS if of.op == "batch_norm" or not changes]
+    return [
+        DramJob(replace(of, modes=(mode,)), name, changes, "", reasons=True)
+        for mode in of.modes
+        for name, changes in forms
+        if name in backends
+    ]
+
+
+def add_problem(parser: argparse.ArgumentParser, required: bool) -> None:
+    """The options of a problem, as benchmarks/tune.py reads them."""
+    parser.add_argument("--op", choices=tuple(OPS), required=required)
+    parser.add_argument("--shape", type=shape_of, metavar="256x64x112x112", required=required)
+    parser.add_argument("--variant", help="default: the op's first")
+    parser.add_argument("--layout", help="default: the op's first")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default bfloat16")
+    parser.add_argument("--mode", nargs="+", choices=TRAINING, default=["forward"])
 
 
 @contextlib.contextmanager
@@ -216,19 +176,29 @@ def alone(device: str) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Run one form once, for ncu to count."""
     parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=main.__doc__)
-    parser.add_argument("backend", choices=sorted({backend for backend, *_ in FORMS}))
+    parser.add_argument("backend", choices=BACKENDS)
     parser.add_argument("changes", nargs="*", metavar="KNOB=VALUE")
+    add_problem(parser, required=True)
     chosen = parser.parse_args(arguments)
     pairs = (change.split("=") for change in chosen.changes)
     changes = tuple((name, int(value)) for name, value in pairs)
-    device = device_of(None)
-    of = problem(device)
+    device, of = device_of(None), problem_of(chosen)
     form = provider(of, chosen.backend, changes)
     with form.active():
         call = form.bind(of, OPS[of.op].tensors(of, device))
-        call.forward()  # compiled, loaded, its memory allocated
+        result = call.forward()
+        dys = correctness.gradients_like(correctness.outputs_of(call.outputs(result)))
+
+        def run() -> None:
+            if of.modes == ("forward",):
+                call.forward()
+            else:
+                assert call.backward is not None, "all of these have one"
+                call.backward(result, dys)
+
+        run()  # compiled, loaded, its memory allocated
         with alone(device):
-            call.forward()
+            run()
     return 0
 
 

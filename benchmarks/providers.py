@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import fastnorm
+from benchmarks import two_launches
 from benchmarks.calls import Call, Provider, through_autograd
 from benchmarks.ops import OPS, Tensors
 from benchmarks.peers import PEERS
@@ -53,6 +54,8 @@ class Ours(Provider):
         return fastnorm.backend(self.backend)
 
     def bind(self, problem: Problem, tensors: Tensors) -> Call:
+        if problem.op == "batch_norm" and two_launches.LAUNCHES == 2:  # a candidate of tune
+            return through_autograd(two_launches.ours(problem), tensors)
         return through_autograd(OPS[problem.op].ours(problem), tensors)
 
 

@@ -6,10 +6,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import schema
+from benchmarks import resume, schema
 from benchmarks.jobs import Job
 from benchmarks.progress import Progress
-from benchmarks.schema import Results
 from benchmarks.worker import OutOfTime, Worker, WorkerDied
 
 GRACE_S = 5.0  # by which the job that runs when the budget is spent may go beyond it
@@ -18,14 +17,15 @@ GRACE_S = 5.0  # by which the job that runs when the budget is spent may go beyo
 def run(
     jobs: Sequence[Job], device: str, budget: float, out: Path, note: str = "", quiet: bool = True
 ) -> list[Job]:
-    """Measure into a new results file; return the jobs that the budget had no time for.
+    """Measure into a new results file, or at the end of one that is there; return the jobs that the
+    budget had no time for.
 
     The file is whole at every moment. KeyboardInterrupt leaves what was measured in it.
     """
     deadline = time.monotonic() + budget
     worker = Worker(device, note, quiet)
     try:
-        schema.save(Results(worker.environment), out)
+        resume.start(worker.environment, out)
         lacking: set[tuple[str, str]] = set()
         latest: dict[str, float] = {}  # seconds that the last job of a provider took
         left_out = []

@@ -1,23 +1,25 @@
-"""Every kind of problem that a suite has, with few elements: what compute-sanitizer runs, and the
-tests.
+"""Every kind of problem that a suite has, with few elements, and problems whose blocks work
+together: what compute-sanitizer runs, and the tests.
 
-    python -m benchmarks.small --backend cuda     check every kind against fp64; exit status 1 on
-                                                  a wrong result
+    python -m benchmarks.small --backend cuda     check all of it against fp64; exit status 1 on a
+                                                  wrong result
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from benchmarks import suites
-from benchmarks.candidates import Changes, applied, candidates, knobs, label
+from benchmarks.candidates import Changes, Knob, applied, candidates, knobs, label
 from benchmarks.measure import Bench, first_line
 from benchmarks.ops import OPS
 from benchmarks.problems import TRAINING, Problem
 from benchmarks.providers import Ours
 from benchmarks.refused import Refused, device_of
+from benchmarks.together import together
 from fastnorm import dispatch
 
 
@@ -43,44 +45,50 @@ def every_kind() -> list[Problem]:
     return [problem for problem in found.values() if problem.variant != "hifigan"]
 
 
-def _ways(problem: Problem, backend: str, every_way: bool) -> list[Changes]:
-    """As the kernels are launched, and with each of the launcher's numbers changed by itself."""
-    if not every_way:
-        return [()]
-    turned = knobs(problem, backend)
-    found = {c: None for mode in TRAINING for c in candidates(turned, mode) if len(c) <= 1}
-    return list(found)
+# a problem, what can be turned in its launcher, and what is turned
+Way = tuple[Problem, tuple[Knob, ...], Changes]
 
 
-def check(backend: str, device: str, ops: list[str], every_way: bool = False) -> int:
-    """Run every kind on a backend; how many were wrong or failed."""
-    bench, provider, failed = Bench(device), Ours(backend, backend=backend), 0
+def kinds(backend: str, every_way: bool) -> Iterator[Way]:
+    """Every kind as the kernels are launched; in every way with each of the launcher's numbers
+    changed by itself, too."""
     for problem in every_kind():
-        if problem.op not in ops:
-            continue
-        for changes in _ways(problem, backend, every_way):
-            turned = knobs(problem, backend)
-            how = f"{problem}, {label(turned, changes)}" if every_way else str(problem)
-            try:
-                stage = bench.stage(problem)
-                tensors = stage.fresh()
-                with provider.active(), applied(turned, changes):
-                    complaint = stage.check(provider.bind(problem, tensors), tensors)[2]
-            except Exception as error:
-                if changes and "CUDA error" not in str(error):
-                    print(f"{how}: not possible: {first_line(error)}", flush=True)
-                    continue
-                complaint = first_line(error)
-            print(f"{how}: {complaint or 'right'}", flush=True)
-            failed += bool(complaint)
+        turned = knobs(problem, backend) if every_way else ()
+        found = {c: None for mode in TRAINING for c in candidates(turned, mode) if len(c) <= 1}
+        yield from ((problem, turned, changes) for changes in found)
+
+
+def check(backend: str, device: str, ways: Iterable[Way], excused: bool = False) -> int:
+    """Run problems on a backend, forward and backward, against fp64; how many were wrong or failed.
+    Excused: a way that is refused is no failure."""
+    bench, provider, failed = Bench(device), Ours(backend, backend=backend), 0
+    for problem, turned, changes in ways:
+        how = f"{problem}, {label(turned, changes)}" if turned else str(problem)
+        try:
+            stage = bench.stage(problem)
+            tensors = stage.fresh()
+            with provider.active(), applied(turned, changes):
+                complaint = stage.check(provider.bind(problem, tensors), tensors)[2]
+        except Exception as error:
+            if excused and changes and "CUDA error" not in str(error):
+                print(f"{how}: not possible: {first_line(error)}", flush=True)
+                continue
+            complaint = first_line(error)
+        print(f"{how}: {complaint or 'right'}", flush=True)
+        failed += bool(complaint)
     return failed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.small", description=check.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.small", description=(__doc__ or "").split(":")[0]
+    )
     parser.add_argument("--backend", default="auto", choices=dispatch.CHOICES)
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=tuple(OPS))
+    parser.add_argument(
+        "--together", action="store_true", help="only problems whose blocks work together"
+    )
     parser.add_argument(
         "--every-way",
         action="store_true",
@@ -91,7 +99,14 @@ def main(arguments: list[str] | None = None) -> int:
         device = device_of(chosen.device)
     except Refused as refusal:
         parser.error(str(refusal))
-    failed = check(chosen.backend, device, chosen.op, chosen.every_way)
+
+    def of_ops(ways: Iterable[Way]) -> Iterator[Way]:
+        return (way for way in ways if way[0].op in chosen.op)
+
+    failed = check(chosen.backend, device, of_ops(together(chosen.backend)))
+    if not chosen.together:
+        ways = of_ops(kinds(chosen.backend, chosen.every_way))
+        failed += check(chosen.backend, device, ways, excused=True)
     print(f"{failed} wrong on {chosen.backend}, {device}")
     return 1 if failed else 0
 

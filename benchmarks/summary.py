@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import schema
+from benchmarks import schema, targets
+from benchmarks.report.asked import missed_sentence
+from benchmarks.report.lines import side_by_side
 from benchmarks.schema import Row
 
 MOST = 15  # of each kind
@@ -44,7 +46,8 @@ def _section(title: str, lines: Iterable[str]) -> list[str]:
 
 
 def summary(results: schema.Results) -> str:
-    """What went wrong, what is far from its floor, and where somebody is faster."""
+    """What went wrong, what is far from its floor, where somebody is faster, and which targets are
+    missed."""
     rows, e = results.rows, results.environment
     dirty = ", with changes" if e.dirty else ""
     ours = [row for row in rows if row.provider in OURS]
@@ -79,6 +82,10 @@ def summary(results: schema.Results) -> str:
             for factor, row, best in behind(rows)
         ),
     )
+    if e.on_cpu:
+        return "\n".join([*lines, "", targets.NONE_ON_CPU])
+    missed = targets.missed(side_by_side(rows))
+    lines += _section("targets missed, by most first", map(missed_sentence, missed))
     return "\n".join(lines)
 
 

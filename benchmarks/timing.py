@@ -184,7 +184,7 @@ class Copies:
 
 def peak_memory_mib(call: Callable[[], Any], owned: int, device: str) -> float | None:
     """The most device memory during a call, `owned` bytes of its inputs included and whatever else
-    is allocated left out; None on a CPU, where nobody counts it."""
+    is allocated when it starts left out; None on a CPU, where nobody counts it."""
     if device == "cpu":
         return None
     torch.cuda.synchronize()

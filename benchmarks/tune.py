@@ -22,6 +22,7 @@ from benchmarks.command import measured
 from benchmarks.jobs import FAST_S, SLOW_S
 from benchmarks.measure import Bench, blank
 from benchmarks.ops import OPS
+from benchmarks.prepare import add_prepare
 from benchmarks.problems import DTYPES, TRAINING, Problem
 from benchmarks.providers import Ours
 from benchmarks.refused import Refused, device_of
@@ -145,6 +146,7 @@ def problems_of(chosen: argparse.Namespace, device: str) -> list[Problem]:
         found = list(dict.fromkeys(found))  # a suite may have asked for one of the modes only
         first: dict[tuple[object, ...], Problem] = {}
         found.sort(key=lambda p: first.setdefault((p.shape, p.layout, p.itemsize), p) is not p)
+        found = found[: len(first)] if chosen.distinct else found
         if not found:
             there = dict.fromkeys(f"{p.variant} {p.layout} {p.dtype}" for p in every)
             raise Refused(
@@ -225,7 +227,7 @@ def tune(chosen: argparse.Namespace) -> int:
     if device == "cpu":
         note += ", interpreted on a CPU: their times say nothing of a GPU"
         print(note)
-    status, left_out = measured(jobs, device, budget, out, note)
+    status, left_out = measured(jobs, device, budget, out, note, chosen.prepare)
     if status:
         return status
     results = schema.load(out)
@@ -248,6 +250,10 @@ def register(subparsers: Any, seconds: Any, several: Callable[[Sequence[str]], A
         help=f"every shape of {', '.join(suites.SUITES)}, the important ones first",
     )  # fmt: skip
     made.add_argument("--knob", nargs="+", metavar="NAME", help="turn no other; default: all")
+    made.add_argument(
+        "--distinct", action="store_true",
+        help="of a suite one problem, the most important, of each shape, layout and width of type",
+    )  # fmt: skip
     every = "default: of a shape the op's first, of a suite all"
     made.add_argument("--variant", help=every)
     made.add_argument("--layout", help=every)
@@ -261,5 +267,6 @@ def register(subparsers: Any, seconds: Any, several: Callable[[Sequence[str]], A
         "--budget", type=seconds, metavar="SECONDS",
         help=f"default {GPU_BUDGET:.0f}, on a CPU {CPU_BUDGET:.0f}",
     )  # fmt: skip
+    add_prepare(made, seconds)
     made.add_argument("--out", type=Path, help="default: a new file in benchmarks/tuning/")
     made.set_defaults(run=tune)

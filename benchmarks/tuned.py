@@ -53,16 +53,27 @@ def table(rows: list[Row], environment: Environment) -> str:
     return "\n".join(lines)
 
 
-def predictions(line: Line, given: Mapping[str, Any]) -> dict[str, float]:
-    """The fraction of the floor that the model predicts of each form on this line."""
-    if (line.op, line.layout) != (given["op"], given["layout"]):
+Range = tuple[float, float]
+
+
+def predictions(line: Line, given: Mapping[str, Any]) -> dict[str, Range]:
+    """The fraction of the floor that the model predicts of each form on this line, from its worst
+    to its best."""
+    if line.op != given["op"] or line.variant not in given["variants"]:
         return {}
-    here = (list(line.shape), line.dtype, line.mode)
+    here = (list(line.shape), line.layout, line.dtype, line.mode)
     for row in given["rows"]:
-        if line.variant in given["variants"] and here == (row["shape"], row["dtype"], row["mode"]):
-            model = row["model"]
-            return {form: model[form] / model["copy"] for form in model if form != "copy"}
+        if here == (row["shape"], row["layout"], row["dtype"], row["mode"]):
+            model = dict(row["model"])
+            copy = model.pop("copy")
+            ranges = ((form, v if isinstance(v, list) else [v, v]) for form, v in model.items())
+            return {form: (low / copy, high / copy) for form, (low, high) in ranges}
     return {}
+
+
+def _range(found: Range) -> str:
+    """(0.46 to 0.68), or (0.67) where both are the same to two places."""
+    return "(" + " to ".join(dict.fromkeys(f"{value:.2f}" for value in found)) + ")"
 
 
 def _form(candidate: str) -> str:
@@ -71,7 +82,7 @@ def _form(candidate: str) -> str:
     return found[1] if found else ""
 
 
-def _cells(line: Line, candidates: list[str], predicted: Mapping[str, float]) -> list[Cell]:
+def _cells(line: Line, candidates: list[str], predicted: Mapping[str, Range]) -> list[Cell]:
     best = min(filter(timed, line.rows.values()), key=lambda row: row.ms_median or 0, default=None)
     ours = line.rows.get(AS_IT_IS)
     told = "" if ours is None else ours.note.partition(RULE)[2]
@@ -83,7 +94,7 @@ def _cells(line: Line, candidates: list[str], predicted: Mapping[str, float]) ->
             text = f"[{text}]" if set(name.split(", ")) <= set(told.split(", ")) else text
             text += "*" if row is best else ""
         if _form(name) in predicted:
-            text += f" ({predicted[_form(name)]:.2f})"
+            text += f" {_range(predicted[_form(name)])}"
         cells.append(Cell(text, 0.0))
     return cells
 
@@ -103,7 +114,7 @@ def shapes_table(rows: list[Row], environment: Environment) -> str:
     body = []
     for line, predicted in zip(lines, found, strict=True):
         words = (line.op, line.mode, line.variant, shape_text(line.shape), line.layout, line.dtype)
-        beside = [f"({predicted[form]:.2f})" if form in predicted else "" for form in others]
+        beside = [_range(predicted[form]) if form in predicted else "" for form in others]
         body.append(
             [
                 *(Cell(word, word) for word in words),
@@ -115,7 +126,8 @@ def shapes_table(rows: list[Row], environment: Environment) -> str:
     if any(found):
         told.append(
             f"In parentheses what is predicted by {given['source']}; against the model's own copy "
-            "of as many bytes, as the measured fractions are against a measured one."
+            "of as many bytes, as the measured fractions are against a measured one. "
+            f"In nhwc {given['nhwc']}."
         )
     said = notes([replace(row, note=row.note.partition(RULE)[0].rstrip("; ")) for row in rows])
     return "\n".join([*told, *(f"  {note}" for note in said)])

@@ -4,10 +4,11 @@ interpreted and the CUDA sources compiled by g++."""
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib.util
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -55,6 +56,20 @@ def _round_as_hardware_does() -> None:
 if HAS_TRITON and not torch.cuda.is_available():
     _round_as_hardware_does()
 
+# What a GPU alone can tell comes first there, and of that what takes longest: where several
+# processes share the tests the rest runs beside it, and where the time is over the least is lost.
+FIRST = ("test_streams.py", "test_soak.py", "test_cases.py", "test_graphs.py")
+
+
+def in_order(file: str) -> int:
+    return FIRST.index(file) if file in FIRST else len(FIRST)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        items.sort(key=lambda item: in_order(item.path.name))
+
+
 AVAILABLE = [name for name, missing in fastnorm.backends().items() if missing is None]
 
 
@@ -99,3 +114,22 @@ def _repeatable(request: pytest.FixtureRequest) -> None:
     """The same numbers in every run; of CUDA's schedules another in each test."""
     torch.manual_seed(0)
     emulation.schedule(zlib.crc32(request.node.nodeid.encode()))
+
+
+HANGS_AFTER_S = 40 if DEVICE == "cuda" else 300
+
+
+@pytest.fixture
+def watchdog(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], None]]:
+    """Told of every step: a kernel that waits for ever takes the process along, and the place is in
+    the log. Not in what pytest keeps of a test's output: that would end with the process."""
+    with capsys.disabled():
+        log = os.fdopen(os.dup(2), "w")
+
+    def step() -> None:
+        faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=True, file=log)
+
+    step()
+    yield step
+    faulthandler.cancel_dump_traceback_later()
+    log.close()

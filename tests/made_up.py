@@ -73,7 +73,8 @@ def device_rows(seed: int = 0) -> Iterator[Row]:
     for problem in suites.problems(("ops",), "cuda"):
         op, variant, layout, dtype = problem.op, problem.variant, problem.layout, problem.dtype
         for mode in problem.modes:
-            size = (2 if mode == "forward" else 3) * problem.numel * problem.itemsize
+            tensors = 2 if mode == "forward" else 3
+            size = tensors * problem.numel * problem.itemsize
             copy = 0.002 + 1e3 * size / 3.0e12
             luck = chance.uniform(0.8, 1.1)  # of the shape, for all who run on it
             for provider, speed in SPEED.items():
@@ -88,9 +89,12 @@ def device_rows(seed: int = 0) -> Iterator[Row]:
                     launches = 0.012 if provider == "torch" else 0.004
                     share = min(speed * luck * chance.uniform(0.85, 1.12), 1.0)
                     _timed(row, launches + copy / share, chance.uniform(0.002, 0.02))
-                    row.floor_bytes, row.floor_fraction = size, copy / (row.ms_median or 1)
+                    if mode != "step":
+                        row.floor_bytes, row.floor_fraction = size, copy / (row.ms_median or 1)
                     row.error, row.torch_error = 1.1e-3, 1.2e-3
-                    row.peak_memory_mib = size / 2**20
+                    # torch saves one tensor more where an activation follows
+                    kept = provider == "torch" and variant not in ("plain", "residual")
+                    row.peak_memory_mib = size / 2**20 * (tensors + kept) / tensors
                 yield row
 
 
@@ -107,12 +111,12 @@ def host_rows(seed: int = 0) -> Iterator[Row]:
 def model_rows(seed: int = 0) -> Iterator[Row]:
     chance = random.Random(seed)
     for name, shape, dtype, base in (
-        ("ResNet-50", [128, 3, 224, 224], "bfloat16", 92.0),
-        ("EfficientNet-B0", [128, 3, 224, 224], "bfloat16", 61.0),
-        ("ConvNeXt-T", [128, 3, 224, 224], "bfloat16", 120.0),
-        ("ViT-B/16", [64, 3, 224, 224], "bfloat16", 70.0),
-        ("BERT-base", [32, 512], "bfloat16", 88.0),
-        ("HiFi-GAN generator", [16, 80, 32], "float32", 47.0),
+        ("resnet50", [128, 3, 224, 224], "bfloat16", 92.0),
+        ("efficientnet_b0", [128, 3, 224, 224], "bfloat16", 61.0),
+        ("convnext_tiny", [128, 3, 224, 224], "bfloat16", 120.0),
+        ("vit_b_16", [64, 3, 224, 224], "bfloat16", 70.0),
+        ("bert_base", [32, 512], "bfloat16", 88.0),
+        ("hifigan_v1", [16, 80, 32], "float32", 47.0),
     ):
         for provider, speed, memory in (
             ("torch", 1.0, 1.0),

@@ -84,7 +84,7 @@ def test_keep(dirty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(runner, "Worker", Worker)
     arguments = ["--op", "weight_norm", "--device", "cpu", "--providers", "torch"]
     status = main(["run", "--suite", "quick", *arguments, "--keep"])
-    found = list(tmp_path.glob("cpu-*/2*-0123456789.json"))
+    found = list(tmp_path.glob("cpu-*/2*-0123456789-weight_norm.json"))
     assert (status, len(found)) == ((2, 0) if dirty else (0, 1))
 
 

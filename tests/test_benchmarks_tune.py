@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 import fastnorm
-from benchmarks import schema
-from benchmarks.__main__ import main
+from benchmarks import schema, suites, tune, two_launches
+from benchmarks.__main__ import main, parser
 from benchmarks.candidates import KNOBS, OPTIONS, Knob, applied, candidates, knobs, label
+from benchmarks.measure import Bench
 from benchmarks.ops import OPS
 from benchmarks.problems import Problem
+from benchmarks.tune import Candidate
 from fastnorm.ops.batch_norm import plan
 from fastnorm.ops.extension import extension
 from tests.conftest import HAS_TRITON
@@ -90,7 +93,64 @@ def test_the_forms_of_batch_norm_are_those_of_the_extension() -> None:
 
 def test_swish_is_cut_as_batch_norm_is() -> None:
     swish = Problem("activation", "swish", (4,), "flat", "float32")
-    assert knobs(swish, "triton") == KNOBS["batch_norm", "triton"]
+    assert knobs(swish, "triton") == KNOBS["mean_only_batch_norm", "triton"]
+
+
+def test_what_means_nothing_beside_others_is_turned_alone() -> None:
+    alone = replace(OWNER, alone=True)
+    assert candidates([TILES, alone], "forward") == [
+        (),
+        (("OWNER_TILES", 0),),
+        (("TILE_BYTES", 8192),),
+        (("TILE_BYTES", 32768),),
+    ]
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize(
+    "variant, shape, layout",
+    [
+        ("plain", (3, 5, 4, 4), "nchw"),
+        ("relu", (3, 5, 4, 4), "nhwc"),
+        ("residual", (3, 5, 4, 4), "nhwc"),
+        ("residual+silu", (3, 5, 4, 4), "nchw"),
+        ("silu", (4, 5, 6), "nlc"),
+        ("plain", (9, 5), "rows"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are interpreted without a GPU")
+def test_two_launches_are_batch_norm(
+    backend: str, variant: str, shape: tuple[int, ...], layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fastnorm.backends()[backend] is not None:
+        pytest.skip(str(fastnorm.backends()[backend]))
+    problem = Problem("batch_norm", variant, shape, layout, "float32")
+    changes = (("LAUNCHES", 2),)
+    candidate = Candidate("two", backend=backend, problem=problem, changes=changes)
+    stage = Bench("cpu").stage(problem)
+    called: list[object] = []
+    before = two_launches.TwoLaunches.apply
+    monkeypatch.setattr(
+        two_launches.TwoLaunches, "apply", lambda *given: called.append(given) or before(*given)
+    )
+    with candidate.active():
+        tensors = stage.fresh()
+        assert stage.check(candidate.bind(problem, tensors), tensors)[2] == ""
+    assert len(called) == 1
+    assert two_launches.LAUNCHES == 1
+
+
+def test_one_problem_of_each_shape() -> None:
+    options = ["tune", "--op", "batch_norm", "--suite", "ops", "--distinct"]
+    found = tune.problems_of(parser().parse_args(options), "cuda")
+    every = [p for p in suites.problems(["ops"], "cuda") if p.op == "batch_norm"]
+    keys = [(p.shape, p.layout, p.itemsize) for p in found]
+    assert len(set(keys)) == len(keys) < len(every)
+    assert set(keys) == {(p.shape, p.layout, p.itemsize) for p in every}
+    variants = {p.variant for p in found}  # those of U-Net, EfficientNet and PointNet are not plain
+    assert {"plain", "relu", "silu", "relu6"} <= variants
+    (resnet,) = [p for p in found if (p.shape, p.layout) == ((256, 64, 112, 112), "nchw")]
+    assert (resnet.variant, resnet.dtype) == ("plain", "bfloat16")
 
 
 @needs_triton

@@ -118,7 +118,10 @@ def test_batch_norm_and_silu_save_x_alone(backend: str, device: str) -> None:
     fused = fastnorm.BatchNormAct2d(8, activation="silu").to(device)
     with fastnorm.backend(backend):
         assert SIZE < saved_by(fused, x) <= SIZE + few
-    assert 2 * SIZE < saved_by(torchs, x) <= 2 * SIZE + few  # x, and the input of SiLU
+    kept = saved_by(torchs, x)  # x, and the input of SiLU
+    assert kept > 2 * SIZE
+    if device == "cpu":  # cuDNN may keep more for its backward
+        assert kept <= 2 * SIZE + few
 
 
 @everywhere

@@ -13,7 +13,8 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.report import write_report
 from benchmarks.report.lines import runs, shape_text, size_text, time_text
-from benchmarks.report.tables import SUMMARY, markdown, summary_rows, table
+from benchmarks.report.markdown import markdown
+from benchmarks.report.tables import SUMMARY, summary_rows, table
 from benchmarks.report.terminal import terminal
 from benchmarks.schema import Results, load, save
 from tests import made_up
@@ -71,25 +72,33 @@ def test_table_is_what_a_hand_counts() -> None:
     assert one.header[:6] == [
         *("variant", "shape", "layout", "dtype", "against torch", "against the best"),
     ]
-    assert one.header[6:] == ["torch", "torch.compile", "fastnorm"]
-    assert [[cell.text for cell in row[1:2] + row[4:]] for row in one.rows] == [
-        ["2x3x4x4", "▲ 4.00x", "▲ 2.00x torch.compile", "2.00 0.25", "1.00 0.50", "0.500 1.00"],
-        ["4x3x4x4", "≈ 0.95x", "≈ 0.95x torch", "1.00 0.50", "", "1.05 0.48"],
-        ["8x3x4x4", "▼ 0.50x", "▼ 0.50x torch", "1.00 0.50", "failed", "2.00 0.25"],
-        ["16x3x4x4", "", "", "1.00 0.50", "", "failed"],
+    assert one.header[6:] == ["target", "torch", "torch.compile", "fastnorm"]
+    assert [[cell.text for cell in row[1:2] + row[4:6]] for row in one.rows] == [
+        ["2x3x4x4", "▲ 4.00x", "▲ 2.00x torch.compile"],
+        ["4x3x4x4", "≈ 0.95x", "≈ 0.95x torch"],
+        ["8x3x4x4", "▼ 0.50x", "▼ 0.50x torch"],
+        ["16x3x4x4", "", ""],
+    ]
+    assert [[cell.text for cell in row[6:]] for row in one.rows] == [
+        ["met 2.00x/0.98x best", "2.00 0.25", "1.00 0.50", "0.500 1.00"],
+        ["met ≈0.95x/0.98x best", "1.00 0.50", "", "1.05 0.48"],
+        ["missed 0.50x/1.00x torch", "1.00 0.50", "failed", "2.00 0.25"],
+        ["missed, no result", "1.00 0.50", "", "failed"],
     ]
     assert sorted(one.notes) == [
         "fastnorm: RuntimeError: out of luck (1 row)",
         "torch.compile: RuntimeError: out of luck (1 row)",
     ]
-    assert one.rows[0][8].title == "p20-p80 0.495-0.505 ms"
+    assert one.rows[0][9].title == "p20-p80 0.495-0.505 ms"
+    assert one.rows[2][6].title == "best 0.50x, at least 0.98x; torch 0.50x, at least 1.00x"
 
 
 def test_markdown_and_terminal_have_the_counted_numbers() -> None:
     run = made_up.run_of(made_up.small_results())
     written, printed = markdown(run), terminal(run)
     assert f"| {' | '.join(COUNTED)} |" in written
-    cells = ["plain", "8x3x4x4", "nchw", "float32", "▼ 0.50x", "▼ 0.50x torch", "1.00 0.50"]
+    cells = ["plain", "8x3x4x4", "nchw", "float32", "▼ 0.50x", "▼ 0.50x torch"]
+    cells += ["missed 0.50x/1.00x torch", "1.00 0.50"]
     assert f"| {' | '.join([*cells, 'failed', '2.00 0.25'])} |" in written
     assert re.search(r"\s+".join(map(re.escape, COUNTED)), printed)
     assert re.search(r"\s+".join(map(re.escape, [*cells, "failed", "2.00 0.25"])), printed)

@@ -25,10 +25,11 @@ def test_readme_agrees_with_the_results() -> None:
     for link in re.findall(r"\]\(([^)]+)\)", inside):
         assert (ROOT / link).is_file(), f"README.md links {link}, which is not there"
     found = readme.newest(ROOT)
-    for path, results in found.values():
-        commit = results.environment.commit
-        assert path.name in inside and commit[:10] in inside and results.environment.torch in inside
-    measured_on_gpu = any(not results.environment.on_cpu for _, results in found.values())
+    for run, paths in found:
+        e = run.environment
+        assert all(path.name in inside for path in paths)
+        assert e.commit[:10] in inside and e.torch in inside
+    measured_on_gpu = any(not run.environment.on_cpu for run, _ in found)
     assert (NO_GPU in inside) != measured_on_gpu
 
 
@@ -101,12 +102,33 @@ def test_newest_file_of_a_device_counts_whatever_it_is_called(root: Path) -> Non
     assert "torch 2.99.0" in section(root) and "b.json" not in section(root)
 
 
+def test_a_later_part_of_a_suite_hides_no_other(root: Path) -> None:
+    part = replace(made_up.GPU, timestamp="2026-05-05T00:00:00Z")
+    path = put(root, made_up.GPU, "batch-norm.json")
+    save(Results(part, list(made_up.model_rows())), path.with_name("models.json"))
+    other = replace(made_up.GPU, timestamp="2025-01-01T00:00:00Z", commit="fedcba9876543210")
+    put(root, other, "of-another-commit.json")
+    inside = readme.readme_table(root)
+    assert inside.count("### GPU: Made-up H100") == inside.count(COUNTED) == 1
+    assert "Models: median time of a training step" in inside
+    link = "(benchmarks/results/made-up-h100/{0}.json)"
+    files = ", ".join(f"[{n}.json]{link.format(n)}" for n in ("batch-norm", "models"))
+    assert f"Every row: {files}." in inside.replace("\n", " ")
+    assert "of-another-commit" not in inside
+
+    # and what a newer commit has not measured is not shown beside it
+    put(root, replace(other, timestamp="2026-06-06T00:00:00Z"), "of-another-commit.json")
+    inside = readme.readme_table(root)
+    assert "fedcba9876" in inside and "of-another-commit.json" in inside
+    assert "batch-norm.json" not in inside and "Models" not in inside
+
+
 def test_models_have_a_table_of_their_own(root: Path) -> None:
     path = root / readme.RESULTS / made_up.GPU.slug / "models.json"
     save(Results(made_up.GPU, list(made_up.model_rows())), path)
     inside = readme.readme_table(root)
     assert "Models: median time of a training step, ms, and peak memory, MiB." in inside
-    assert inside.count("| ResNet-50 |") == 1 and "| model |" not in inside
+    assert inside.count("| resnet50 |") == 1 and "| model |" not in inside
 
 
 def test_the_command_draws_pictures_and_writes_the_section(

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import faulthandler
+import itertools
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import fastnorm
 from fastnorm.ops.activation import NAMES
+from tests import conftest
 from tests.cases.activation import swish_case
 from tests.cases.batch_norm import batch_norm_pair, batch_norm_tensors
 from tests.cases.case import EVERY, Case, Tensors
 from tests.cases.layer_norm import layer_norm_pair, layer_norm_tensors
 from tests.compare import assert_as_good_as_torch, run, same_bits
+from tests.streams import closed_gate
 
 GPU = torch.cuda.is_available()
-# how many calls, and the most elements of one: a thread of an emulated GPU is slow
-CALLS, ELEMENTS = (1000, 1 << 22) if GPU else (16, 1 << 12)
-HANGS_AFTER_S = 300
+# how many calls, for how long, and the most elements of one: a thread of an emulated GPU is slow
+CALLS, SECONDS, ELEMENTS = (1000, 45, 1 << 22) if GPU else (16, 300, 1 << 12)
 KERNELS = [name for name in ("triton", "cuda") if fastnorm.backends()[name] is None]
 
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")
-
-
-@pytest.fixture(autouse=True)
-def _watchdog() -> Iterator[None]:
-    """A kernel that waits for ever takes the process along: it ends with the place in the log."""
-    faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(params=KERNELS)
@@ -40,22 +39,58 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def a_shape(chance: random.Random) -> tuple[int, int, int]:
-    """[N, C, S] of at most ELEMENTS; sizes near powers of two and odd ones alike."""
+class Recipe(NamedTuple):
+    """A call of one of the kernels that are one launch, less the size of the batch: all that a
+    kernel of Triton's may be compiled for."""
+
+    kind: str
+    layout: str
+    C: int
+    S: int
+    dtype: torch.dtype
+    activation: str | None
+    residual: bool
+    training: bool
+
+
+# what Triton's are drawn from on a GPU, which has to wait for a second or so until a kernel is
+# compiled: with these, and every size of batch, for some tens of kernels instead of hundreds
+FEW = (
+    Recipe("batch_norm", "nchw", 64, 196, torch.bfloat16, "silu", True, True),
+    Recipe("batch_norm", "nlc", 24, 49, torch.float32, None, False, True),
+    Recipe("batch_norm", "nhwc", 96, 100, torch.float16, "relu", False, True),
+    Recipe("batch_norm", "nchw", 17, 7, torch.float64, None, False, False),
+    Recipe("layer_norm", "nchw", 17, 49, torch.bfloat16, None, True, True),
+    Recipe("layer_norm", "nlc", 96, 64, torch.float32, "gelu", False, True),
+    Recipe("layer_norm", "nchw", 48, 1023, torch.float16, None, False, True),  # long rows
+    Recipe("swish", "nchw", 32, 100, torch.bfloat16, None, False, True),
+    Recipe("swish", "nhwc", 130, 7, torch.float32, None, False, True),
+)
+
+
+def a_recipe(chance: random.Random) -> Recipe:
+    """Sizes near powers of two and odd ones alike."""
     C = chance.choice([16, 17, 24, 32, 48, 64, 96, 130])
-    most = int(ELEMENTS ** chance.uniform(0.5, 1.0)) // C
-    S = chance.choice([1, 3, 7, 49, 64, 100, 196, 1023, 4096])
-    S = min(S, max(1, most // 2))
-    return max(2, most // S), C, S
+    S = min(chance.choice([1, 3, 7, 49, 64, 100, 196, 1023, 4096]), ELEMENTS // (4 * C))
+    return Recipe(
+        chance.choice(["batch_norm", "batch_norm", "layer_norm", "swish"]),
+        chance.choice(["nchw", "nlc", "nhwc"]), C, S,
+        chance.choice(EVERY), chance.choice([None, None, *NAMES]),
+        residual=chance.random() < 0.3, training=chance.random() < 0.8,
+    )  # fmt: skip
 
 
-def a_case(chance: random.Random) -> tuple[Case, torch.dtype]:
-    """A call of one of the kernels that are one launch."""
-    N, C, S = a_shape(chance)
-    activation = chance.choice([None, None, *NAMES])
-    residual = chance.random() < 0.3
-    layout = chance.choice(["nchw", "nlc", "nhwc"])
-    kind = chance.choice(["batch_norm", "batch_norm", "layer_norm", "swish"])
+def recipes(chance: random.Random, backend: str) -> Iterator[Recipe]:
+    """Without end."""
+    while True:
+        few = GPU and backend == "triton"
+        yield chance.choice(FEW) if few else a_recipe(chance)
+
+
+def a_case(chance: random.Random, recipe: Recipe) -> Case:
+    """With a batch that makes it any size up to ELEMENTS, of which large ones are rare."""
+    kind, layout, C, S, dtype, activation, residual, training = recipe
+    N = max(2, int(ELEMENTS ** chance.uniform(0.5, 1.0)) // (C * S))
     name = f"{N}x{C}x{S}-{layout}-{activation}{'-residual' if residual else ''}"
 
     def planes() -> torch.Tensor:
@@ -68,104 +103,156 @@ def a_case(chance: random.Random) -> tuple[Case, torch.dtype]:
         return torch.randn(N, C * S) if layout == "nchw" else torch.randn(N, S, C)
 
     if kind == "batch_norm":
-        training = chance.random() < 0.8
         pair, make = batch_norm_pair(training, activation), batch_norm_tensors(planes, residual)
-        case = Case(kind, name + f"-{training}", **pair, make=make)
-    elif kind == "layer_norm":
+        return Case(kind, name + f"-{training}", **pair, make=make, dtypes=(dtype,))
+    if kind == "layer_norm":
         make = layer_norm_tensors(rows, residual=residual)
-        case = Case(kind, name, **layer_norm_pair(activation), make=make)
-    else:
-        case = swish_case(name, planes, None)
-    return case, chance.choice(EVERY)
+        return Case(kind, name, **layer_norm_pair(activation), make=make, dtypes=(dtype,))
+    return swish_case(name, planes, None)
 
 
-def tensors_of(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensors, torch.Tensor]:
-    tensors = {
-        name: None if t is None else t.detach().to(device).requires_grad_(t.requires_grad)
-        for name, t in case.make(dtype).items()
-    }
-    assert tensors["x"] is not None
-    return tensors, case.dy(tensors["x"].detach().cpu()).to(device)
+class Call(NamedTuple):
+    case: Case
+    tensors: Tensors
+    dy: torch.Tensor
+    what: str
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        return run(self.case.ours, self.tensors, self.dy)
+
+
+def calls(seed: int, backend: str, device: str) -> Iterator[Call]:
+    """Random ones, without end, with their tensors on that device."""
+    chance = random.Random(seed)
+    for number, recipe in enumerate(recipes(chance, backend)):
+        case = a_case(chance, recipe)
+        tensors = {
+            name: None if t is None else t.detach().to(device).requires_grad_(t.requires_grad)
+            for name, t in case.make(recipe.dtype).items()
+        }
+        x = tensors["x"]
+        assert x is not None
+        what = f"call {number}: {case} {recipe.dtype}"
+        yield Call(case, tensors, case.dy(x.detach()).to(device), what)
+
+
+def some(
+    count: int, seed: int, backend: str, device: str, watchdog: Callable[[], None]
+) -> Iterator[Call]:
+    """The first calls of a seed; each may take so long."""
+    for call in itertools.islice(calls(seed, backend, device), count):
+        watchdog()
+        yield call
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_random_shapes_one_after_the_other(backend: str, device: str) -> None:
-    chance = random.Random(0)
-    for call in range(CALLS):
-        case, dtype = a_case(chance)
-        tensors, dy = tensors_of(case, dtype, device)
-        what = f"call {call}: {case} {dtype}"
+def test_random_shapes_one_after_the_other(
+    backend: str, device: str, watchdog: Callable[[], None]
+) -> None:
+    start = time.monotonic()
+    for call in some(CALLS, 0, backend, device, watchdog):
+        case, tensors, dy, what = call
         assert_as_good_as_torch(case.ours, case.torchs, tensors, dy, what)
-        assert same_bits(run(case.ours, tensors, dy), run(case.ours, tensors, dy)), what
+        assert same_bits(call(), call()), what
+        if time.monotonic() - start > SECONDS:
+            break
 
 
-def beside(other_work: Callable[[torch.cuda.Stream], None], device: str) -> None:
-    """The same bits alone and while another stream works."""
-    chance = random.Random(1)
+def beside(
+    other_work: Callable[[Call], None], backend: str, device: str, watchdog: Callable[[], None]
+) -> None:
+    """The same bits alone and while another stream works: both begin when all is queued."""
     ours, others = torch.cuda.Stream(), torch.cuda.Stream()
-    for _ in range(100):
-        case, dtype = a_case(chance)
-        tensors, dy = tensors_of(case, dtype, device)
-        alone = run(case.ours, tensors, dy)
+    for call in some(100, 1, backend, device, watchdog):
+        alone = call()
         torch.cuda.synchronize()
-        other_work(others)
+        gate = closed_gate(20)
+        for stream in (ours, others):
+            stream.wait_event(gate)
+        with torch.cuda.stream(others):
+            other_work(call)
         with torch.cuda.stream(ours):
-            crowded = run(case.ours, tensors, dy)
+            crowded = call()
         torch.cuda.synchronize()
-        assert same_bits(alone, crowded), f"{case} {dtype}"
+        assert same_bits(alone, crowded), call.what
 
 
 @needs_gpu
-def test_two_streams_at_once(backend: str, device: str) -> None:
-    chance = random.Random(2)
-    case, dtype = a_case(chance)
-    tensors, dy = tensors_of(case, dtype, device)
+def test_two_streams_at_once(backend: str, device: str, watchdog: Callable[[], None]) -> None:
+    def the_same_kernels(call: Call) -> None:
+        for _ in range(5):
+            call()
 
-    def the_same_kernels(stream: torch.cuda.Stream) -> None:
-        with torch.cuda.stream(stream):
-            for _ in range(5):
-                run(case.ours, tensors, dy)
-
-    beside(the_same_kernels, device)
+    beside(the_same_kernels, backend, device, watchdog)
 
 
 @needs_gpu
-def test_beside_a_kernel_that_occupies_the_chip(backend: str, device: str) -> None:
+def test_beside_a_kernel_that_occupies_the_chip(
+    backend: str, device: str, watchdog: Callable[[], None]
+) -> None:
     a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
 
-    def matmuls(stream: torch.cuda.Stream) -> None:
-        with torch.cuda.stream(stream):
-            for _ in range(10):
-                a @ a
+    def matmuls(call: Call) -> None:
+        for _ in range(10):
+            a @ a
 
-    beside(matmuls, device)
+    beside(matmuls, backend, device, watchdog)
 
 
 @needs_gpu
-def test_inside_a_captured_graph(backend: str, device: str) -> None:
-    chance = random.Random(3)
-    for _ in range(30):
-        case, dtype = a_case(chance)
-        tensors, dy = tensors_of(case, dtype, device)
-        eager = run(case.ours, tensors, dy)
+def test_inside_a_captured_graph(backend: str, device: str, watchdog: Callable[[], None]) -> None:
+    for call in some(30, 3, backend, device, watchdog):
+        eager = call()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            run(case.ours, tensors, dy)  # compiles, and fills torch's caches
+            call()  # compiles, and fills torch's caches
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = run(case.ours, tensors, dy)  # works on clones that it makes in the graph
+            captured = call()  # works on clones that it makes in the graph
         for _ in range(3):
             graph.replay()
             torch.cuda.synchronize()
-            assert same_bits(eager, captured), f"{case} {dtype}"
+            assert same_bits(eager, captured), call.what
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
-def test_a_device_that_is_not_the_current_one(backend: str) -> None:
-    chance = random.Random(4)
-    for _ in range(30):
-        case, dtype = a_case(chance)
-        tensors, dy = tensors_of(case, dtype, "cuda:1")
-        assert_as_good_as_torch(case.ours, case.torchs, tensors, dy, f"{case} {dtype}")
+def test_a_device_that_is_not_the_current_one(backend: str, watchdog: Callable[[], None]) -> None:
+    for case, tensors, dy, what in some(30, 4, backend, "cuda:1", watchdog):
+        assert_as_good_as_torch(case.ours, case.torchs, tensors, dy, what)
+
+
+HANG = """
+import time
+from tests import conftest
+
+watchdog = conftest.watchdog
+conftest.HANGS_AFTER_S = 1
+
+def test_hang(watchdog):
+    time.sleep(60)
+"""
+
+
+def test_what_hangs_ends_and_the_log_says_where(tmp_path: Path) -> None:
+    (tmp_path / "test_hang.py").write_text(HANG)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "Timeout (0:00:01)!" in done.stderr
+    assert "in test_hang" in done.stderr
+
+
+def test_what_a_gpu_alone_can_tell_comes_first_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(__file__).parent
+    for name in conftest.FIRST:
+        assert (here / name).exists()
+    items: list[Any] = [
+        SimpleNamespace(path=here / name) for name in ("test_activation.py", *conftest.FIRST[::-1])
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    conftest.pytest_collection_modifyitems(items)
+    assert [item.path.name for item in items] == [*conftest.FIRST, "test_activation.py"]

@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.report import difference, readme
 from benchmarks.report.lines import Run, read, runs
+from benchmarks.report.markdown import markdown
 from benchmarks.report.page import page
-from benchmarks.report.tables import markdown
 from benchmarks.report.terminal import terminal
 from benchmarks.schema import ResultsError
 
@@ -72,12 +72,11 @@ def report_files(files: Sequence[str | Path], out: Path | None, ops: list[str] |
 
 
 def report_readme(root: Path = ROOT) -> int:
-    """Draw the pictures of the newest file of each device, and write the README's table."""
-    for path, results in readme.newest(root).values():
-        for run in runs([results]):
-            for old in path.parent.glob("*.png"):
-                old.unlink()
-            _write(_pictures(run, chosen=True), path.parent)
+    """Draw the pictures of the newest files of each device, and write the README's table."""
+    for run, paths in readme.newest(root):
+        for old in paths[0].parent.glob("*.png"):
+            old.unlink()
+        _write(_pictures(run, chosen=True), paths[0].parent)
     changed = readme.rewrite(root)
     print("README.md " + ("is rewritten" if changed else "is as the results say"))
     return 0

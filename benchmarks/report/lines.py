@@ -41,6 +41,11 @@ class Against:
     ratio: float
     verdict: str
 
+    @property
+    def lost(self) -> bool:
+        """Whether we are slower, beyond the noise."""
+        return self.verdict == LOSS
+
 
 def against(mine: Row, other: Row) -> Against:
     (low, high), (their_low, their_high) = interval(mine), interval(other)
@@ -86,6 +91,22 @@ class Line:
     def best(self) -> Against | None:
         """Against the fastest of all others, torch and torch.compile among them."""
         return self.against(self._fastest(ours=False))
+
+    @property
+    def lost_to_failure(self) -> bool:
+        """Whether we have no time where another has one."""
+        others = any(timed(row) and not is_ours(name) for name, row in self.rows.items())
+        return others and not timed(self.ours) and any(map(is_ours, self.rows))
+
+    @property
+    def memory(self) -> float | None:
+        """Our peak memory over torch's, where both are known."""
+        mine, torch = self.ours, self.rows.get("torch")
+        if mine is None or torch is None or not (timed(mine) and timed(torch)):
+            return None
+        if not (mine.peak_memory_mib and torch.peak_memory_mib):
+            return None
+        return mine.peak_memory_mib / torch.peak_memory_mib
 
     @property
     def family(self) -> str:
@@ -189,13 +210,17 @@ def choose(rows: list[Row], ops: list[str] | None) -> list[Row]:
     return [row for row in rows if not ops or row.op in ops]
 
 
+def state(e: Environment) -> tuple[object, ...]:
+    """Device and state of the code: files that agree in it are one run."""
+    versions = (e.device, e.driver, e.torch, e.triton, e.fastnorm, e.commit, e.dirty)
+    return (e.on_cpu, *versions)
+
+
 def runs(results: Iterable[Results], ops: list[str] | None = None) -> list[Run]:
     """One run per device and state of the code, GPUs first: what may stand in one picture."""
     groups: dict[tuple[object, ...], list[Results]] = {}
     for result in sorted(results, key=lambda r: r.environment.timestamp):
-        e = result.environment
-        versions = (e.device, e.driver, e.torch, e.triton, e.fastnorm, e.commit, e.dirty)
-        groups.setdefault((e.on_cpu, *versions), []).append(result)
+        groups.setdefault(state(result.environment), []).append(result)
     every = [row for group in groups.values() for result in group for row in result.rows]
     choose(every, ops)
     found = []

@@ -7,6 +7,14 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from benchmarks import targets
+from benchmarks.report.asked import (
+    TARGET_LEGEND,
+    memory_sentence,
+    missed_sentence,
+    target_header,
+    target_rows,
+)
 from benchmarks.report.lines import Run
 from benchmarks.report.style import SCALE, STEP_NAMES, ink, step
 from benchmarks.report.tables import (
@@ -150,21 +158,44 @@ def _summary(run: Run) -> Iterable[str]:
     yield f'</tbody></table></div><p class="note">{escape(SUMMARY_LEGEND)}</p>'
 
 
+def _targets(run: Run) -> Iterable[str]:
+    """Every family's, then the rows that miss theirs, folded."""
+    if run.environment.on_cpu:
+        return
+    header = target_header()
+    words = [i == 0 for i in range(len(header))]
+    yield f'<h3>Targets</h3><div class="wide"><table>{_head(header, words)}<tbody>'
+    for row in target_rows(run.lines):
+        cells = (
+            f'<td{" class=word" if left else ""} data-order="{escape(text.split("x")[0])}">'
+            f"{escape(text)}</td>"
+            for text, left in zip(row, words, strict=True)
+        )
+        yield f"<tr>{''.join(cells)}</tr>"
+    missed = targets.missed(run.lines)
+    yield f"</tbody></table></div><details><summary>{len(missed)} rows miss a target</summary><ul>"
+    yield from (f"<li>{escape(missed_sentence(one))}</li>" for one in missed)
+    yield "</ul></details>"
+
+
 def _section(run: Run, pictures: Pictures, number: int) -> Iterable[str]:
     yield f"<section><h2>{escape(run.title)}</h2>"
     yield f"<p>{escape(run.versions)};<br>{escape(run.copy)}.</p>"
     if run.environment.on_cpu:
         yield (
             '<p class="cpu">Measured on a CPU, where fastnorm is torch\'s own functions. '
-            "Nothing here says anything about a GPU.</p>"
+            f"Nothing here says anything about a GPU. {targets.NONE_ON_CPU}</p>"
         )
     if run.environment.note:
         yield f"<p>{escape(run.environment.note)}</p>"
     yield from _summary(run)
+    if told := memory_sentence(run.lines):
+        yield f"<p>{escape(told)}</p>"
     if lost := worst(run):
         yield "<h3>Worst rows against the best other</h3><ul>"
         yield from (f"<li>{escape(sentence(line))}</li>" for line in lost)
         yield "</ul>"
+    yield from _targets(run)
     every = [(f"t{number}-{i}", one) for i, one in enumerate(tables(run))]
     links = (f'<a href="#{identity}">{escape(one.title)}</a>' for identity, one in every)
     yield f"<p>Tables: {', '.join(links)}.</p>"
@@ -180,6 +211,8 @@ def _section(run: Run, pictures: Pictures, number: int) -> Iterable[str]:
 def page(runs: Sequence[tuple[Run, Pictures]]) -> str:
     """The page of these runs, a section for each: what is in one section is of one device."""
     titles = escape("; ".join(run.title for run, _ in runs))
+    on_gpu = any(not run.environment.on_cpu for run, _ in runs)
+    legend = escape(TARGET_LEGEND) if on_gpu else ""
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -188,7 +221,7 @@ def page(runs: Sequence[tuple[Run, Pictures]]) -> str:
             f"<style>{STYLE}{_colours()}</style></head><body>",
             f"<h1>fastnorm benchmarks<br>{titles}</h1>",
             f'<p class="note">{escape(LEGEND)} A provider\'s cell has the colour of its time over '
-            "ours: red where it is faster than fastnorm, blue where it is slower.</p>",
+            f"ours: red where it is faster than fastnorm, blue where it is slower. {legend}</p>",
             _key(),
             '<p class="tools"><label>Rows with these words <input id="words" type="search" '
             'placeholder="batch_norm silu nhwc"></label> <label><input id="lost" type="checkbox"> '

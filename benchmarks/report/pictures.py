@@ -51,7 +51,7 @@ def pictures(run: Run, chosen: bool = False) -> Iterator[tuple[str, bytes]]:
                 yield _name(f"floor-{stem}{suffix}"), floor_picture(run, part, title)
             if any(line.best for line in part):
                 yield _name(f"speed-{stem}{suffix}"), heat_picture(run, part, title)
-    if steps := run.of("step"):
+    if steps := [line for line in run.lines if line.op == "model"]:
         yield "models.png", models_picture(run, steps)
     for (op,), lines in grouped(run.of("host"), "op").items():
         if not chosen:

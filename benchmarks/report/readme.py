@@ -1,16 +1,19 @@
-"""The README's section on performance, from the newest results file of each device."""
+"""The README's section on performance, from the newest results files of each device."""
 
 from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.report.lines import Run, runs
+from benchmarks import targets
+from benchmarks.report.asked import memory_sentence, target_header, target_rows
+from benchmarks.report.lines import Run, runs, state
+from benchmarks.report.markdown import markdown_table
 from benchmarks.report.pictures import OVERVIEW
 from benchmarks.report.tables import (
     SUMMARY,
     SUMMARY_LEGEND,
-    markdown_table,
     summary_rows,
     table,
 )
@@ -32,35 +35,53 @@ def _prose(text: str) -> list[str]:
     return [*textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False), ""]
 
 
-def newest(root: Path) -> dict[str, tuple[Path, Results]]:
-    """The newest results file of each device, GPUs first."""
-    found: dict[str, tuple[Path, Results]] = {}
+class Measured(NamedTuple):
+    """What one state of the code measured on one device, and the files, the oldest first."""
+
+    run: Run
+    paths: list[Path]
+
+
+def newest(root: Path) -> list[Measured]:
+    """Of each device, GPUs first, the newest results file and all others of its state of the code:
+    a suite is measured in parts, and none of them hides another."""
+    found: dict[str, list[tuple[Path, Results]]] = {}
     for path in sorted((root / RESULTS).glob("*/*.json")):
         results = load(path)
         e = results.environment
         if path.parent.name != e.slug:
             raise ResultsError(f"{path} is of {e.device!r}: its folder is {RESULTS / e.slug}")
-        other = found.get(e.slug)
-        if other is None or other[1].environment.timestamp < e.timestamp:
-            found[e.slug] = (path, results)
-    return dict(sorted(found.items(), key=lambda item: (item[1][1].environment.on_cpu, item[0])))
+        if results.rows:
+            found.setdefault(e.slug, []).append((path, results))
+    measured = []
+    for _, files in sorted(found.items()):
+        files.sort(key=lambda file: file[1].environment.timestamp)
+        last = state(files[-1][1].environment)
+        files = [file for file in files if state(file[1].environment) == last]
+        paths, results_of = zip(*files, strict=True)
+        measured += [Measured(run, list(paths)) for run in runs(results_of)]
+    return sorted(measured, key=lambda one: one.run.environment.on_cpu)
 
 
-def _device(run: Run, path: Path, root: Path) -> list[str]:
+def _device(run: Run, paths: list[Path], root: Path) -> list[str]:
     """Heading, summary, models, pictures and caption of one device."""
     told = [f"### {run.title}", ""]
     if run.environment.on_cpu:
-        told += _prose(ON_CPU)
+        told += _prose(f"{ON_CPU} {targets.NONE_ON_CPU}")
     told += _prose(run.environment.note) if run.environment.note else []
-    models = run.of("step")
-    others = [line for line in run.lines if line.mode != "step"]
+    models = [line for line in run.lines if line.op == "model"]
+    others = [line for line in run.lines if line.op != "model"]
     if others:
         told += [*markdown_table(SUMMARY, summary_rows(others), 3), "", *_prose(SUMMARY_LEGEND)]
+    told += _prose(sentence) if (sentence := memory_sentence(run.lines)) else []
+    if not run.environment.on_cpu:
+        told += ["Rows that meet what `benchmarks/targets.py` asks, and geometric means:", ""]
+        told += [*markdown_table(target_header(), target_rows(run.lines), 1), ""]
     if models:
         one = table("models", models, run)
         rows = ([cell.text for cell in row] for row in one.rows)
         told += [f"Models: {one.unit}.", "", *markdown_table(one.header, rows, 4), ""]
-    folder = path.parent
+    folder = paths[0].parent
     there = [picture.name for picture in sorted(folder.glob("*.png"))]
     link = folder.relative_to(root).as_posix()
     if OVERVIEW in there:
@@ -68,7 +89,8 @@ def _device(run: Run, path: Path, root: Path) -> list[str]:
     more = [f"[{name.removesuffix('.png')}]({link}/{name})" for name in there if name != OVERVIEW]
     if more:
         told += _prose("Pictures: " + ", ".join(more) + ".")
-    every = f"Every row: [{path.name}]({link}/{path.name})."
+    files = ", ".join(f"[{path.name}]({link}/{path.name})" for path in paths)
+    every = f"Every row: {files}."
     return [*told, *_prose(f"{run.title}; {run.versions}; {run.copy}. {every}")]
 
 
@@ -76,11 +98,10 @@ def readme_table(root: Path) -> str:
     """What stands between the markers of the README of this checkout."""
     found = newest(root)
     told = [""]
-    if all(results.environment.on_cpu for _, results in found.values()):
+    if all(run.environment.on_cpu for run, _ in found):
         told += [NO_GPU, ""]
-    for path, results in found.values():
-        for run in runs([results]):
-            told += _device(run, path, root)
+    for run, paths in found:
+        told += _device(run, paths, root)
     return "\n".join(told)
 
 

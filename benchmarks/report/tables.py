@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from benchmarks import kernels, targets
 from benchmarks.report.lines import (
     LOSS,
     TIE,
@@ -32,7 +33,8 @@ LEGEND = (
 )
 UNITS = {
     "host": "median host time of a call, µs",
-    "step": "median time of a training step, ms, and peak memory, MiB",
+    "step": "median wall clock of forward and backward, from an idle device to an idle one, ms",
+    "model": "median time of a training step, ms, and peak memory, MiB",
     "GPU": "median device time, ms, and floor fraction",
     "CPU": "median wall clock on the CPU, ms, and floor fraction",
 }
@@ -86,7 +88,7 @@ def provider_cell(line: Line, provider: str) -> Cell:
     if not timed(row) or row.ms_median is None:
         return Cell(failure(row), float("inf"), title=row.note)
     text = time_text(row.ms_median * (1e3 if row.mode == "host" else 1))
-    if row.mode == "step":
+    if row.op == "model":
         text += "" if row.peak_memory_mib is None else f" {row.peak_memory_mib:.0f}"
     elif row.mode != "host" and row.floor_fraction is not None:
         text += f" {row.floor_fraction:.2f}"
@@ -101,21 +103,57 @@ def against_cell(found: Against | None, named: bool = False) -> Cell:
     return Cell(f"{SIGNS[found.verdict]} {found.ratio:.2f}x{name}", found.ratio, found)
 
 
+def target_cell(one: targets.Verdict) -> Cell:
+    """Whether a row is what it is to be: the target that it misses by most, or the first it has."""
+    every = "; ".join(map(str, one.targets))
+    if one.failed:
+        return Cell("missed, no result", -1e99)
+    if one.missed:
+        return Cell(f"missed {one.missed[0].brief}", -one.short, title=every)
+    return Cell(f"met {one.targets[0].brief}" if one.targets else "", 1.0, title=every)
+
+
+def memory_cell(line: Line) -> Cell:
+    ratio, mine = line.memory, line.ours
+    if ratio is None or mine is None:
+        return Cell("", float("inf"))
+    return Cell(f"{ratio:.2f}x {mine.peak_memory_mib:.4g} MiB", ratio)
+
+
+def _apart(row: Row) -> str:
+    """A row's note but for its kernels, which are another number in every row."""
+    parts = row.note.split("; ") if row.note else []
+    return "; ".join(part for part in parts if kernels.read(part) is None)
+
+
 def notes(rows: Iterable[Row]) -> list[str]:
     """Why rows have no time, and what else was noted, once each with the number of rows."""
-    found = Counter((row.provider, row.note or failure(row)) for row in rows if not timed(row))
-    found.update((row.provider, row.note) for row in rows if timed(row) and row.note)
+    every = list(rows)
+    found = Counter((row.provider, row.note or failure(row)) for row in every if not timed(row))
+    found.update((row.provider, _apart(row)) for row in every if timed(row) and _apart(row))
     return [
         f"{name}: {note} ({count} row{'s' * (count > 1)})" for (name, note), count in found.items()
     ]
 
 
+def launches(lines: Iterable[Line]) -> Iterator[str]:
+    """What the providers of a small line launch."""
+    for line in lines:
+        counts = {name: kernels.read(row.note) for name, row in line.rows.items() if timed(row)}
+        told = [f"{name} {count}" for name, count in counts.items() if count is not None]
+        if told:
+            yield f"{where(line)}: {'; '.join(told)}"
+
+
 def table(title: str, lines: Sequence[Line], run: Run) -> Table:
     """Providers without a single time in these lines stand in the notes only."""
     served = [p for p in run.providers if any(timed(line.rows.get(p)) for line in lines)]
-    header = ["variant", "shape", "layout", "dtype", "against torch", "against the best", *served]
+    header = ["variant", "shape", "layout", "dtype", "against torch", "against the best"]
+    on_gpu = not run.environment.on_cpu
+    counted = lines[0].op != "model" and any(line.memory is not None for line in lines)
+    header += ["target"] * on_gpu + ["memory"] * counted
     rows = []
-    for line in lines:
+    for line, asked in zip(lines, targets.verdicts(lines), strict=True):
         rows.append(
             [
                 Cell(line.variant, line.variant),
@@ -124,23 +162,22 @@ def table(title: str, lines: Sequence[Line], run: Run) -> Table:
                 Cell(line.dtype, line.dtype),
                 against_cell(line.torch),
                 against_cell(line.best, named=True),
+                *([target_cell(asked)] * on_gpu),
+                *([memory_cell(line)] * counted),
                 *(provider_cell(line, p) for p in served),
             ]
         )
-    unit = UNITS.get(lines[0].mode, UNITS[run.kind])
+    first = lines[0]
+    unit = UNITS[
+        "model" if first.op == "model" else first.mode if first.mode in UNITS else run.kind
+    ]
     every = [row for line in lines for row in line.rows.values()]
-    return Table(title, unit, header, rows, notes(every))
+    return Table(title, unit, [*header, *served], rows, [*notes(every), *launches(lines)])
 
 
 def tables(run: Run) -> list[Table]:
     groups = grouped(run.lines, "op", "mode")
     return [table(f"{op}, {mode}", lines, run) for (op, mode), lines in groups.items()]
-
-
-def lost_to_failure(line: Line) -> bool:
-    """Whether we have no time where another has one."""
-    others = any(timed(row) and not is_ours(name) for name, row in line.rows.items())
-    return others and not timed(line.ours) and any(map(is_ours, line.rows))
 
 
 def summary_rows(lines: Iterable[Line]) -> list[list[str]]:
@@ -157,7 +194,7 @@ def summary_rows(lines: Iterable[Line]) -> list[list[str]]:
         other = geometric_mean(one.ratio for one in best)
         verdicts = Counter(one.verdict for one in best)
         least = min(best, key=lambda one: one.ratio, default=None)
-        failed = sum(lost_to_failure(line) for line in group)
+        failed = sum(line.lost_to_failure for line in group)
         counts = f"{verdicts[WIN]} / {verdicts[TIE]} / {verdicts[LOSS]}" if best else ""
         found.append(
             [
@@ -197,43 +234,24 @@ SUMMARY_LEGEND = (
 def worst(run: Run, count: int = 10) -> list[Line]:
     """The lines in which we failed, then those in which the best other beats us by most, beyond
     the noise."""
-    failed = [line for line in run.lines if lost_to_failure(line)]
+    failed = [line for line in run.lines if line.lost_to_failure]
     lost = [line for line in run.lines if line.best is not None and line.best.verdict == LOSS]
     return failed + sorted(lost, key=lambda line: line.best.ratio if line.best else 0)[:count]
 
 
+def where(line: Line) -> str:
+    """A line as a sentence begins with it."""
+    return f"{line.name}, {shape_text(line.shape)}, {line.layout}, {line.dtype}"
+
+
+def why(line: Line) -> str:
+    """Why we have no time in it."""
+    told = {row.note or failure(row) for name, row in line.rows.items() if is_ours(name)}
+    return "; ".join(sorted(told))
+
+
 def sentence(line: Line) -> str:
-    where = f"{line.name}, {shape_text(line.shape)}, {line.layout}, {line.dtype}"
     best = line.best
     if best is not None:
-        return f"{where}: {best.ratio:.2f}x the speed of {best.provider}"
-    why = {row.note or failure(row) for name, row in line.rows.items() if is_ours(name)}
-    return f"{where}: {'; '.join(sorted(why))}"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> list[str]:
-    """The first `words` columns are words, the others numbers."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    ruler = ["---"] * words + ["---:"] * (len(header) - words)
-    return [line(header), "|" + "|".join(ruler) + "|", *map(line, rows)]
-
-
-def markdown(run: Run, pictures: Sequence[str] = ()) -> str:
-    """The report of a run as Markdown."""
-    lines = [f"# fastnorm benchmarks, {run.title}", "", f"{run.versions}; {run.copy}.", ""]
-    if run.environment.note:
-        lines += [run.environment.note, ""]
-    lines += [*markdown_table(SUMMARY, summary_rows(run.lines), 3), "", SUMMARY_LEGEND, ""]
-    if lost := worst(run):
-        lines += ["## Worst rows", "", *(f"- {sentence(line)}" for line in lost), ""]
-    if pictures:
-        lines += ["## Pictures", "", *(f"![{name}]({name})" for name in pictures), ""]
-    for one in tables(run):
-        rows = ([cell.text for cell in row] for row in one.rows)
-        lines += [f"## {one.title}", "", f"Cells: {one.unit}.", ""]
-        lines += [*markdown_table(one.header, rows, 4), ""]
-        lines += [*(f"- {note}" for note in one.notes), ""] if one.notes else []
-    return "\n".join([*lines, LEGEND, ""])
+        return f"{where(line)}: {best.ratio:.2f}x the speed of {best.provider}"
+    return f"{where(line)}: {why(line)}"

@@ -1,0 +1,156 @@
+"""What a small row's time is made of: how many kernels a call launches, and how long they run.
+
+A profiler that was once on may leave its hooks behind, and every later launch of that process then
+takes longer (pytorch issue 144455): kernels are counted in a process of its own, which times
+nothing, while the one that does waits for it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import statistics
+import warnings
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
+
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import timing
+from benchmarks.problems import Problem
+
+SMALL_BYTES = 10**6  # of x: from there on launches are not what takes the time
+CALLS = 20
+LIMIT_S = 45.0  # for one problem and provider, the start of the process included
+NOT_COUNTED = "kernels not counted"
+
+
+class Kernels(NamedTuple):
+    """Of one call: kernels, fills and copies that it launches, microseconds that they run."""
+
+    launches: int
+    microseconds: float
+
+    def __str__(self) -> str:
+        return f"{self.launches} kernel{'s' * (self.launches != 1)}, {self.microseconds:.1f} us"
+
+
+def read(note: str) -> Kernels | None:
+    """What a row's note says of them."""
+    found = re.search(r"\b(\d+) kernels?, ([0-9.]+) us\b", note)
+    return Kernels(int(found[1]), float(found[2])) if found else None
+
+
+def wanted(problem: Problem) -> bool:
+    """Whether its rows say it: small tensors, and the one launch of a whole model's weights."""
+    return problem.numel * problem.itemsize < SMALL_BYTES or problem.variant == "hifigan"
+
+
+def counted(events: Iterable[Any], calls: int, device: DeviceType) -> Kernels | None:
+    """The kernels of one call from a profiler's events of several; None if it saw none.
+
+    Each name by itself, rounded: a profiler may lose the first kernels that it is to see.
+    """
+    times: dict[str, list[float]] = {}
+    for event in events:
+        if event.device_type == device and not event.is_user_annotation:
+            times.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    each = {name: round(len(found) / calls) for name, found in times.items()}
+    if not any(each.values()):
+        return None
+    total = sum(n * statistics.median(times[name]) for name, n in each.items())
+    return Kernels(sum(each.values()), total)
+
+
+def kernels(call: Callable[[], Any], device: str) -> Kernels | None:
+    """Of a call that has run before, its data in the caches; on a CPU its ops, for the tests."""
+    on_cpu = device == "cpu"
+    activity = ProfilerActivity.CPU if on_cpu else ProfilerActivity.CUDA
+    with profile(activities=[activity], acc_events=True) as profiler:
+        for _ in range(CALLS):
+            call()
+        timing.synchronize(device)
+    kind = DeviceType.CPU if on_cpu else DeviceType.CUDA
+    return counted(profiler.events() or (), CALLS, kind)
+
+
+def _told(bench: Any, problem: Problem, provider: str, modes: tuple[str, ...]) -> dict[str, str]:
+    """For every mode what its note is to say."""
+    from benchmarks.providers import PROVIDERS
+
+    stage = bench.stage(problem)
+    with PROVIDERS[provider].active():
+        call = PROVIDERS[provider].bind(problem, stage.fresh())
+        found = {}
+        for mode in modes:
+            run = bench.run_of(stage, call, mode)
+            run()
+            found[mode] = str(kernels(run, bench.device) or f"{NOT_COUNTED}: the profiler saw none")
+    return found
+
+
+def _main(connection: Connection, device: str, seed: int) -> None:
+    """Count for every problem and provider that is received."""
+    from benchmarks.measure import Bench, first_line
+
+    with open(os.devnull, "w") as sink:  # the profiler and compilers talk
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+    warnings.simplefilter("ignore")
+    bench = Bench(device, seed)
+    while True:
+        problem, provider, modes = connection.recv()
+        try:
+            connection.send(_told(bench, problem, provider, modes))
+        except Exception as error:
+            bench.forget()
+            connection.send(dict.fromkeys(modes, f"{NOT_COUNTED}: {first_line(error)}"))
+
+
+class Counter:
+    """The process that counts, as the one that times sees it: started when it is first asked, and
+    never again once it died."""
+
+    def __init__(self, device: str, seed: int) -> None:
+        self._arguments, self._dead = (device, seed), False
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    def told(self, problem: Problem, provider: str, modes: tuple[str, ...]) -> dict[str, str]:
+        """For every mode what its note is to say: what was counted, or why it was not."""
+        if not self._dead:
+            try:
+                return self._asked(problem, provider, modes)
+            except (EOFError, OSError):
+                self._dead = True
+                self.stop()
+        return dict.fromkeys(modes, f"{NOT_COUNTED}: the process that counts them died")
+
+    def _asked(self, problem: Problem, provider: str, modes: tuple[str, ...]) -> dict[str, str]:
+        if self._connection is None:
+            context = multiprocessing.get_context("spawn")  # CUDA survives no fork
+            self._connection, theirs = context.Pipe()
+            # a daemon: it ends with the process that asks, or when that one's end of the pipe does
+            self._process = context.Process(
+                target=_main, args=(theirs, *self._arguments), daemon=True, name="kernel counter"
+            )
+            self._process.start()
+            theirs.close()
+        self._connection.send((problem, provider, modes))
+        if not self._connection.poll(LIMIT_S):
+            raise EOFError
+        found: dict[str, str] = self._connection.recv()
+        return found
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join(10)
+            self._process = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
