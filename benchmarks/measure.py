@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import correctness, timing
 from benchmarks.calls import Call, Provider
+from benchmarks.context import dead_context
 from benchmarks.correctness import Oracle
 from benchmarks.floors import floor_bytes
 from benchmarks.ops import OPS, Tensors
@@ -139,11 +140,12 @@ class Bench:
                     yield row
                     done += 1
         except Exception as error:
-            self.forget()
-            note = first_line(error)
+            note, dead = first_line(error), dead_context()
+            if not dead:
+                self.forget()
             yield blank(problem, modes[min(done, len(modes) - 1)], provider.name, note, ok=False)
-            if "CUDA error" in str(error) or "illegal memory access" in str(error):
-                raise  # the context is gone with it: this process can measure nothing more
+            if dead:
+                raise  # this process can measure nothing more
 
     def _timed(self, stage: Stage, call: Call, mode: str, provider: str) -> Row:
         row = blank(stage.problem, mode, provider)
