@@ -253,6 +253,7 @@ def test_check_of_small_problems(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "backend, op", [("triton", "mean_only_batch_norm"), ("cuda", "mean_only_batch_norm")]
 )
+@pytest.mark.hangs_after(120)  # a compilation for each of the launchers' numbers
 def test_check_of_every_way(backend: str, op: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a GPU: Triton's kernels interpreted, the CUDA sources compiled by g++."""
     if (missing := fastnorm.backends()[backend]) is not None:
