@@ -20,7 +20,9 @@ from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
 from benchmarks.schema import Row
 
-FAST_S, SLOW_S = 60.0, 150.0  # a job that takes longer hangs, and is ended
+# a job that takes longer hangs, and is ended: one op that compiles little, a job of many
+# measurements, one that compiles or tunes
+ONE_S, FAST_S, SLOW_S = 20.0, 60.0, 150.0
 COMPILED_S = 300.0  # a model is compiled twice: for its check and for its steps
 
 
@@ -62,15 +64,15 @@ class OpJob:
 
     @property
     def rank(self) -> float:
-        # compiling costs as much as ten problems: right after the others where it matters most,
-        # well after them elsewhere
+        # compiling costs as much as ten problems: where it matters most, after the others, the
+        # models that do and KernelBench; well after them elsewhere
         if not self.provider.slow:
             return self.problem.importance
-        return self.problem.importance + (0.5 if self.problem.importance == 0 else 1.5)
+        return self.problem.importance + (0.95 if self.problem.importance == 0 else 1.5)
 
     @property
     def limit_s(self) -> float:
-        return SLOW_S if self.provider.slow else FAST_S
+        return SLOW_S if self.provider.slow else ONE_S
 
     def missing(self, device: str) -> str | None:
         return self.provider.missing(device)

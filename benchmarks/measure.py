@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import correctness, kernels, timing
 from benchmarks.calls import Call, Provider
+from benchmarks.context import dead_context
 from benchmarks.correctness import Oracle
 from benchmarks.floors import floor_bytes
 from benchmarks.ops import OPS, Tensors
@@ -144,11 +145,12 @@ class Bench:
                     yield row
                     done += 1
         except Exception as error:
-            self.forget()
-            note = first_line(error)
+            note, dead = first_line(error), dead_context()
+            if not dead:
+                self.forget()
             yield blank(problem, modes[min(done, len(modes) - 1)], provider.name, note, ok=False)
-            if "CUDA error" in str(error) or "illegal memory access" in str(error):
-                raise  # the context is gone with it: this process can measure nothing more
+            if dead:
+                raise  # this process can measure nothing more
 
     def _counts(self, problem: Problem, provider: Provider, modes: list[str]) -> dict[str, str]:
         """What the notes of a small problem say of its kernels, by mode. Not of who would compile

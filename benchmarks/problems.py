@@ -25,7 +25,7 @@ class Problem:
     layout: str
     dtype: str
     modes: tuple[str, ...] = TRAINING
-    importance: int = 1
+    importance: float = 1
 
     @property
     def numel(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from benchmarks.progress import Progress
 from benchmarks.worker import OutOfTime, Worker, WorkerDied
 
 GRACE_S = 5.0  # by which the job that runs when the budget is spent may go beyond it
+DEATHS = 2  # after so many a provider is left out of the family: each costs seconds or a limit
 
 
 def run(
@@ -27,6 +29,7 @@ def run(
     try:
         resume.start(worker.environment, out)
         lacking: set[tuple[str, str]] = set()
+        deaths: collections.Counter[tuple[str, str]] = collections.Counter()
         latest: dict[str, float] = {}  # seconds that the last job of a provider took
         left_out = []
         with Progress(len(jobs), deadline - time.monotonic()) as progress:
@@ -35,11 +38,17 @@ def run(
                 now = time.monotonic()
                 if now + latest.get(job.provider_name, 0.0) > deadline:
                     left_out.append(job)
+                elif deaths[key] == DEATHS and key not in lacking:
+                    why = f"left out: its process died {DEATHS} times in this family"
+                    schema.append(out, job.failed(why))
+                    lacking.add(key)
                 elif key not in lacking:
                     progress.running(job)
                     try:
                         if _one(worker, job, out, deadline + GRACE_S):
                             lacking.add(key)
+                    except WorkerDied:
+                        deaths[key] += 1
                     except OutOfTime:
                         left_out.append(job)
                     latest[job.provider_name] = time.monotonic() - now
@@ -52,7 +61,8 @@ def run(
 
 
 def _one(worker: Worker, job: Job, out: Path, until: float) -> bool:
-    """Run a job; whether its provider is missing here, for this job and all of its family."""
+    """Run a job; whether its provider is missing here, for this job and all of its family.
+    WorkerDied where it ended its process, which a row says by then."""
     lacking = told = False
     try:
         for kind, row in worker.rows(job, until):
@@ -62,4 +72,5 @@ def _one(worker: Worker, job: Job, out: Path, until: float) -> bool:
     except WorkerDied as death:
         if not told:  # what ends the process may have had time to say so
             schema.append(out, job.failed(str(death)))
+        raise
     return lacking

@@ -87,11 +87,12 @@ RECIPES = {
 def batches(steps: int, batch: int, order: int) -> Iterator[Tensor]:
     """Which images each step takes: the same for every order, but in another order for each."""
     images = digits(1, 1 << 20, SIZE)[0][1].numel()
-    drawn = torch.Generator().manual_seed(SEED)
-    shuffled = torch.Generator().manual_seed(SEED + order)
-    for _ in range(steps):
-        chosen = torch.randperm(images, generator=drawn)[:batch]
-        yield chosen[torch.randperm(batch, generator=shuffled)] if order else chosen
+    drawn = torch.Generator("cpu").manual_seed(SEED)
+    shuffled = torch.Generator("cpu").manual_seed(SEED + order)
+    for _ in range(steps):  # drawn on the CPU: the same for every device
+        chosen = torch.randperm(images, generator=drawn, device="cpu")[:batch]
+        order_of = torch.randperm(batch, generator=shuffled, device="cpu")
+        yield chosen[order_of] if order else chosen
 
 
 def train(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -62,10 +64,22 @@ def results(layer, x, dy=None, **more):
 
 
 def agree(theirs, ours, x, dy=None, strides=False):
-    dy = torch.randn(x.shape, dtype=x.dtype) if dy is None else dy
+    dy = torch.randn(x.shape, dtype=x.dtype, device=x.device) if dy is None else dy
     for expected, found in zip(results(theirs, x, dy), results(ours, x, dy), strict=True):
         torch.testing.assert_close(found, expected, equal_nan=True, check_stride=strides)
     same_state(theirs, ours)
+
+
+def agree_with_the_cpu(theirs, ours, x):
+    """As `agree`, with torch's layer on a CPU: of a value that is not finite its kernels for a GPU
+    (Welford's update, inf - inf) make a NaN, where a mean is infinite."""
+    dy = torch.randn(x.shape, dtype=x.dtype, device=x.device)
+    theirs = theirs.cpu()
+    for expected, found in zip(
+        results(theirs, x.cpu(), dy.cpu()), results(ours, x, dy), strict=True
+    ):
+        torch.testing.assert_close(found.cpu(), expected, equal_nan=True, check_stride=False)
+    same_state(theirs, copy.deepcopy(ours).cpu())
 
 
 def same_state(theirs, ours):

@@ -22,12 +22,18 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from tests import emulation
+from tests import chosen, emulation
 
 if not torch.cuda.is_available():
     emulation.activate()  # before fastnorm looks for its extension
 
 import fastnorm
+from tests.chosen import _k_chooses_it  # noqa: F401  (a fixture of every test)
+from tests.gpu_guard import (  # noqa: F401  (hooks and a fixture of every test)
+    _the_gpu_is_still_there,
+    pytest_configure,
+    pytest_runtest_protocol,
+)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -55,6 +61,7 @@ def _round_as_hardware_does() -> None:
 
 if HAS_TRITON and not torch.cuda.is_available():
     _round_as_hardware_does()
+    chosen.watch_triton()
 
 # What a GPU alone can tell comes first there, and of that what takes longest: where several
 # processes share the tests the rest runs beside it, and where the time is over the least is lost.

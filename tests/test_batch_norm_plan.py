@@ -11,9 +11,12 @@ from fastnorm.ops import batch_norm as family
 from tests.test_batch_norm_backward_cuda import SEEDS, _cuda  # noqa: F401  (a fixture)
 from tests.test_batch_norm_cuda import run, sample, training
 
-pytestmark = pytest.mark.skipif(
-    not dispatch.emulating(), reason="a GPU has its own size; here g++ compiled no kernels"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not dispatch.emulating(), reason="a GPU has its own size; here g++ compiled no kernels"
+    ),
+    pytest.mark.cuda,
+]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

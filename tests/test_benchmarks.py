@@ -201,6 +201,24 @@ def test_suites_plan_important_jobs_first(suite: str, device: str) -> None:
             assert job.problem.layout in OPS[job.problem.op].layouts
 
 
+def test_nobody_compiles_before_the_first_models_and_kernelbench() -> None:
+    problems = suites.problems(["ops", "kernelbench"], "cuda")
+    given = [MODELS["resnet50"], MODELS["efficientnet_b0"], MODELS["hifigan_v1"]]
+    jobs = plan(problems, given, ["torch", "fastnorm", "torch.compile"], "cuda")
+    compiled = [i for i, job in enumerate(jobs) if isinstance(job, OpJob) and job.provider.slow]
+    kernelbench = set(suites.problems(["kernelbench"], "cuda"))
+    early = [
+        i
+        for i, job in enumerate(jobs)
+        if job.provider_name != "torch.compile"
+        and (not isinstance(job, OpJob) or job.problem in kernelbench)
+    ]
+    assert len(early) == 2 * len(kernelbench) + 3 * len(given)
+    assert max(early) < compiled[0]
+    secondary = [isinstance(job, OpJob) and job.problem.importance >= 1 for job in jobs]
+    assert compiled[0] < secondary.index(True), "yet before what matters less"
+
+
 def test_every_adapter_names_a_problem_that_exists() -> None:
     for provider in PROVIDERS.values():
         if isinstance(provider, Peer):
@@ -235,6 +253,7 @@ def test_check_of_small_problems(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "backend, op", [("triton", "mean_only_batch_norm"), ("cuda", "mean_only_batch_norm")]
 )
+@pytest.mark.hangs_after(120)  # a compilation for each of the launchers' numbers
 def test_check_of_every_way(backend: str, op: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a GPU: Triton's kernels interpreted, the CUDA sources compiled by g++."""
     if (missing := fastnorm.backends()[backend]) is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import command, runner, schema
+from benchmarks import command, context, measure, runner, schema
 from benchmarks.__main__ import main, parser
 from benchmarks.calls import Call, Provider
 from benchmarks.environment import environment
@@ -188,6 +188,75 @@ def test_a_job_that_the_budget_cuts_off_is_left_out(
     out = tmp_path / "r.json"
     assert runner.run(JOBS, "cpu", 100.0, out) == [JOBS[1]]
     assert [row.ok for row in schema.load(out).rows] == [True] * 3
+
+
+def test_a_provider_whose_process_dies_twice_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = runner.WorkerDied("the job took longer than its limit and was ended")
+    monkeypatch.setattr(Worker, "script", [died, died, None, None], raising=False)
+    monkeypatch.setattr(runner, "Worker", Worker)
+    out = tmp_path / "r.json"
+    others = [
+        OpJob(PROBLEM, "fastnorm"),
+        OpJob(Problem("layer_norm", "plain", (4, 4), "rows", "float32"), "torch"),
+    ]
+    assert runner.run([*JOBS, *others], "cpu", 100.0, out) == []
+    assert [(row.ok, row.note) for row in schema.load(out).rows] == [
+        *[(False, str(died))] * 2,
+        (False, "left out: its process died 2 times in this family"),  # said once, for two jobs
+        *[(True, "")] * 2,
+    ]
+
+
+@dataclass(frozen=True)
+class Told(Raising):
+    """An error in our extension's words, and in those of torch."""
+
+    def bind(self, problem: Problem, tensors: Tensors) -> Call:
+        raise RuntimeError(
+            "batch_norm_backward failed: misaligned address (cudaErrorMisalignedAddress)"
+            if problem.variant == "gelu"
+            else "CUDA error: out of memory"
+        )
+
+
+@pytest.mark.parametrize("dead", [True, False])
+@pytest.mark.parametrize("variant", ["gelu", "silu"])
+def test_a_dead_context_ends_the_process_whatever_the_error_says(
+    variant: str, dead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "dead_context", lambda: "misaligned address" * dead)
+    bench, problem = measure.Bench("cpu"), Problem("activation", variant, (4,), "flat", "float32")
+    bench.stage(problem)
+    # a device that is gone gives no memory back: that would hide the error
+    monkeypatch.setattr(bench, "forget", lambda: pytest.fail("asked of it") if dead else None)
+    rows = bench.rows(problem, Told("told"))
+    row = next(rows)
+    assert not row.ok and row.note.startswith("RuntimeError: ")
+    with pytest.raises(RuntimeError if dead else StopIteration):
+        next(rows)
+
+
+@pytest.mark.parametrize(
+    "initialized, errors, dead",
+    [
+        (False, ["never asked"], ""),
+        (True, [], ""),
+        (True, ["of a launch that is over"], ""),
+        (True, ["an illegal memory access\nand advice", "the same\nand advice"], "the same"),
+    ],
+)
+def test_a_context_is_dead_where_the_error_stays(
+    initialized: bool, errors: list[str], dead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize() -> None:
+        if errors:
+            raise RuntimeError(errors.pop(0))
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert context.dead_context() == dead
 
 
 COMMANDS = {

@@ -36,6 +36,7 @@ def test_case(case: Case, dtype: torch.dtype, backend: str, device: str) -> None
 SCHEDULES = (0, 1, 2, 3)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(
     not dispatch.emulating(), reason="a GPU chooses its schedule; here g++ compiled no kernels"
 )

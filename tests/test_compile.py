@@ -99,6 +99,7 @@ def assert_every_layer_compiles(compiler: str, dynamic: bool, device: str = "cpu
 @pytest.mark.parametrize(
     "backend", ["auto", *(name for name in AVAILABLE if name != "reference")], indirect=True
 )
+@pytest.mark.hangs_after(120)  # a compilation for each layer
 def test_every_backend(backend: str, device: str) -> None:
     assert_every_layer_compiles("aot_eager", True, device)
 

@@ -95,6 +95,7 @@ def test_the_dispatcher_is_entered_where_somebody_listens() -> None:
 
 
 @emulated
+@pytest.mark.cuda
 def test_stubbed_out_launches_run_nothing_and_later_ones_do() -> None:
     x = torch.randn(4, 8)
     with host.launches_stubbed_out():

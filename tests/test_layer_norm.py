@@ -31,6 +31,7 @@ def test_dtypes_with_residual_sum_and_activation(backend, dtype):
     agrees(backend, x, (48,), residual=residual, return_sum=True, activation="silu")
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("activation", ["relu", "gelu", "selu", "mish"])
 def test_fused_activation(activation):
     agrees("triton", randn(4, 40), (40,), activation=activation)
@@ -88,6 +89,7 @@ def small_limits(monkeypatch):
 
 
 # whole blocks, a ragged end, an end of one
+@pytest.mark.triton
 @pytest.mark.parametrize("columns", [128, 200, 257])
 @pytest.mark.parametrize(
     "shared_row", [1, 1 << 30], ids=["many programs a row", "one program a row"]
@@ -106,6 +108,7 @@ def test_long_rows(small_limits, monkeypatch, columns, shared_row, group_bytes):
     assert not launch.counters(x, 1).any(), "every launch leaves its counters zero"
 
 
+@pytest.mark.triton
 def test_long_rows_need_no_more_than_asked(small_limits):
     x, weight = randn(18, 200).requires_grad_(), randn(200, seed=1).requires_grad_()
     for wanted in ([x], [weight], [x, weight]):
@@ -118,6 +121,7 @@ def test_long_rows_need_no_more_than_asked(small_limits):
 
 
 @NUMPY_WARNS
+@pytest.mark.triton
 def test_inf_in_a_long_row(small_limits):
     x = randn(3, 200)
     x[1, 5] = float("inf")
@@ -127,6 +131,7 @@ def test_inf_in_a_long_row(small_limits):
     assert y[[0, 2]].isfinite().all()
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1)])
 def test_frozen_parameters(needs):
     tensors = [

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.testing._internal import common_modules  # needs expecttest
 
 import fastnorm
+
+pytest.importorskip("expecttest", reason="torch's own samples need expecttest: the [test] extra")
+pytest.importorskip("numpy", reason="torch's own samples need numpy: the [test] extra")
+from torch.testing._internal import common_modules
 
 OURS = {
     getattr(torch.nn, name): getattr(fastnorm, name)

@@ -113,6 +113,7 @@ def test_running_mean_of_an_infinite_batch_is_infinite(backend, batch):
 
 
 @interpreted
+@pytest.mark.triton
 def test_strides_of_two_to_the_31_elements_and_more():
     storage = torch.empty(2**31 + 64, dtype=torch.half)  # pages never touched cost nothing
     x = storage.as_strided((2, 4, 8), (2**31, 8, 1))

@@ -124,6 +124,7 @@ def test_swish_layer():
         fastnorm.Swish(num_parameters=0)
 
 
+@pytest.mark.triton
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_swish_of_many_tiles(monkeypatch):
     from fastnorm.ops import launch

@@ -128,6 +128,7 @@ def test_parameters_that_are_no_floats_are_named(backend: str, device: str) -> N
         functional.swish(x, whole)
 
 
+@pytest.mark.cuda
 def test_a_dtype_that_the_extension_lacks(device: str) -> None:
     if fastnorm.backends()["cuda"] is not None:
         pytest.skip(f"needs the CUDA backend: {fastnorm.backends()['cuda']}")
@@ -137,6 +138,7 @@ def test_a_dtype_that_the_extension_lacks(device: str) -> None:
         functional.silu(x)
 
 
+@pytest.mark.cuda
 def test_a_tensor_without_data_is_refused(device: str) -> None:
     if fastnorm.backends()["cuda"] is not None:
         pytest.skip(f"needs the CUDA backend: {fastnorm.backends()['cuda']}")

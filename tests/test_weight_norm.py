@@ -140,6 +140,7 @@ def test_torchs_own_double_backward_is_wrong():
         )
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("parts", ["sum", "apply"])
 @pytest.mark.parametrize(
     "shape, dim",

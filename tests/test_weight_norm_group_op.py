@@ -47,6 +47,7 @@ def test_one_call_forward_and_one_backward(backend, x, calls):
     assert calls == [("_forward", 5), ("_backward", 4)]
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif("cuda" not in AVAILABLE or torch.cuda.is_available(), reason="counts launches")
 def test_one_launch_forward_and_one_backward(x):
     _, model = twins()
