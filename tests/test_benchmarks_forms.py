@@ -138,6 +138,7 @@ def test_a_shape_or_a_suite(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_emulation
+@pytest.mark.cuda
 @pytest.mark.parametrize("spread", [-1.0, 1e9])  # a busy machine's rows have a note before ours
 def test_a_form_that_cannot_serve_says_why_and_stops_nothing(
     spread: float, monkeypatch: pytest.MonkeyPatch

@@ -66,6 +66,7 @@ X_BYTES = 411_041_792
 
 
 @needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("job", segments("cpu"), ids=str)
 def test_segments_copy_every_element(job: Segments, device: str) -> None:
     x = torch.randn(job.shape, dtype=torch.bfloat16, device=device)
@@ -85,6 +86,7 @@ def test_segments_are_as_long_as_they_say_and_a_matrix_is_large() -> None:
 
 
 @needs_triton
+@pytest.mark.triton
 @interpreted
 @pytest.mark.parametrize(
     "job",
