@@ -74,11 +74,14 @@ step() { # log/name, seconds, command: logged, ended when its time is over, neve
     local name=${1#*/} log=$work/logs/${1%/*}.log seconds=$2 status
     shift 2
     echo "== $name: up to $seconds s, $(left) s left" | tee -a "$log"
-    timeout --signal=INT --kill-after=10 "$seconds" "$@" >> "$log" 2>&1
+    timeout --signal=INT --kill-after=20 "$seconds" "$@" >> "$log" 2>&1
     status=$?
     tail -n $((status ? 20 : 4)) "$log" | grep -v '^== ' | cut -c 1-200
     if [ $status -ne 0 ]; then
-        [ $status -eq 124 ] && echo "-- $name: its time was over" || echo "-- $name: exit status $status"
+        case $status in
+            124 | 137) echo "-- $name: its time was over" ;; # 137: it did not end when asked to
+            *) echo "-- $name: exit status $status" ;;
+        esac
         failed+=("$name")
     fi
     pack
@@ -102,12 +105,14 @@ if [ -n "${FASTNORM_RESUME:-}" ]; then # asked again, of everything else, before
         { echo "FASTNORM_RESUME: $FASTNORM_RESUME is not of commit $FASTNORM_COMMIT" >&2; exit 2; }
     cp "$FASTNORM_RESUME" "$out/results.json" || exit 2
 fi
+[ -n "${FASTNORM_WHEELS:-}" ] && FASTNORM_WHEELS=$(realpath "$FASTNORM_WHEELS")
 mkdir "$work/tree" "$work/site" "$work/logs"
 (cd "$top" && tar c --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml README.md LICENSE \
-    MANIFEST.in csrc fastnorm tests benchmarks) | tar x -C "$work/tree" || exit 1
+    CHANGELOG.md CONTRIBUTING.md MANIFEST.in Makefile csrc docs fastnorm tests benchmarks) | tar x -C "$work/tree" || exit 1
 mkdir -p "$top/build" && ln -s "$top/build" "$work/tree/build" # objects are kept there, by what is in them
 cd "$work/tree" || exit 1
 export PYTHONPATH="$work/site:$work/tree"
+export PATH="$PATH:/usr/local/cuda/bin"
 unset TRITON_INTERPRET FASTNORM_BACKEND
 
 device() {
@@ -137,7 +142,9 @@ fi
 if ! wanted build || [ "${FASTNORM_BUILD_CUDA:-1}" = 0 ]; then
     echo "== build: left out"
 else
-    export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} FASTNORM_BUILD_CUDA=${dry:+auto}
+    # for this GPU alone, whatever the machine sets; a report of compute-sanitizer then names a line
+    [ -n "$dry" ] || export NVCC_APPEND_FLAGS=-lineinfo
+    export TORCH_CUDA_ARCH_LIST=$capability FASTNORM_BUILD_CUDA=${dry:+auto}
     export FASTNORM_BUILD_CUDA=${FASTNORM_BUILD_CUDA:-1}
     step setup/build "$(share 35)" "$python" setup.py build_ext --inplace
 fi

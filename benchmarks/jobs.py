@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmarks import models
+from benchmarks import kernels, models
 from benchmarks.calls import Provider
 from benchmarks.measure import Bench, blank
 from benchmarks.models import Model
@@ -72,7 +72,8 @@ class OpJob:
 
     @property
     def limit_s(self) -> float:
-        return SLOW_S if self.provider.slow else ONE_S
+        counting = kernels.LIMIT_S if kernels.wanted(self.problem) else 0.0
+        return SLOW_S if self.provider.slow else ONE_S + counting
 
     def missing(self, device: str) -> str | None:
         return self.provider.missing(device)

@@ -272,6 +272,9 @@ cudaError_t allow_shared(void (*kernel)(Parameters), size_t shared_bytes) {
     FASTNORM_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     FASTNORM_TRY(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       most - int(attributes.sharedSizeBytes)));
+    // plans count on all of it: not a split with L1 that some other launch would like
+    FASTNORM_TRY(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      cudaSharedmemCarveoutMaxShared));
     allowed.insert({function, device});
     return cudaSuccess;
 }
