@@ -85,6 +85,7 @@ struct Normal {
     W below, density;
     __device__ __forceinline__ explicit Normal(W z) {
         constexpr W sqrt_half = W(0.70710678118654752440);
+        if constexpr (!kRounded<T>) below = W(0.5) * (W(1) + error_function(z * sqrt_half));
         density = exponential<T>(W(-0.5) * z * z);
         if constexpr (kRounded<T>) {
             // of that same exp, as Abramowitz & Stegun (1964), 7.1.26, with coefficients for which
@@ -96,8 +97,6 @@ struct Normal {
                                   t * (W(0.08259561) + t * (W(0.20153111) + t * W(-0.09120457))));
             const W beyond = t * series * density;
             below = z < W(0) ? beyond : W(1) - beyond;
-        } else {
-            below = W(0.5) * (W(1) + error_function(z * sqrt_half));
         }
     }
 };

@@ -89,10 +89,21 @@ __device__ __forceinline__ void pull_back(const Tile& tile, unsigned h, int u, b
 #pragma unroll
         for (int j = 0; j < V; ++j) z[j] += residual[j];
     }
-    with_formula(activity, [&](auto formula) {
+    // of fp64 one after the other: two at once take more registers than there are
+    constexpr int kPart = sizeof(T) == 8 ? 1 : V;
+#pragma unroll 1
+    for (int part = 0; part < V; part += kPart) {
+        with_formula(activity, [&](auto formula) {
 #pragma unroll
-        for (int j = 0; j < V; ++j) dz[j] *= formula.template slope<T>(z[j]);
-    });
+            for (int j = 0; j < kPart; ++j) dz[j] *= formula.template slope<T>(z[j]);
+        });
+        if constexpr (kPart < V) {
+            static_assert(V == 2 * kPart);
+            const W other_z = z[1], other_dz = dz[1];
+            z[1] = z[0], dz[1] = dz[0];
+            z[0] = other_z, dz[0] = other_dz;
+        }
+    }
 }
 
 // dx of a slot, in dz's place.
