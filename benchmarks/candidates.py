@@ -74,6 +74,7 @@ _PLANES = (
     Knob("TILE_BYTES", _PLAN, (8192, 16384, 32768)),
     _WARPS,
     Knob("GROUP_BYTES", _PLAN, (512, 1024, 4096)),
+    Knob("RUN_TILES", _PLAN, (1, 2, 4, 8)),
 )
 _LAUNCHES = Knob(
     "LAUNCHES", "benchmarks.two_launches", (1, 2), words=((2, "two launches"),), alone=True

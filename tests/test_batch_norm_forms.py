@@ -1,4 +1,4 @@
-"""Batch norm compiled, and the two forms of its Triton kernels on tensors of many tiles."""
+"""Batch norm compiled, and the forms of its Triton kernels on tensors of many tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import fastnorm
-from fastnorm import functional
+from fastnorm import dispatch, functional
+from fastnorm.layout import planes_like
 from tests.batch_norm_twins import (
     agree,
     agree_with_the_cpu,
@@ -74,26 +75,43 @@ def test_mean_only_compiles(backend):
     same_state(eager, layer)
 
 
-# the two forms of the Triton kernels, on tensors of many tiles
+# the forms of the Triton kernels, on tensors of many tiles
 
-FORMS = {"ticket": 0, "owner": 1 << 20}
+# of the plan; runs: shares of several tiles, the last ones shorter; stream: L2 holds nothing; fans:
+# so many shares that they are merged in two steps
+FORMS: dict[str, dict[str, int]] = {
+    "owner": {"OWNER_TILES": 1 << 20},
+    "ticket": {"OWNER_TILES": 0, "RUN_TILES": 1},
+    "runs": {"OWNER_TILES": 0, "SHARES": 2},
+    "fans": {"OWNER_TILES": 0, "RUN_TILES": 1},
+    "stream": {"OWNER_TILES": 0, "IN_FLIGHT": 1 << 40, "PROGRAMS": 2},
+}
 MANY_TILES = {
-    "nchw": lambda: torch.randn(4, 3, 4, 4) * 3 + 1,
-    "nhwc": lambda: torch.randn(2, 40, 2, 2).to(memory_format=torch.channels_last),
-    "nlc": lambda: torch.randn(2, 12, 6).transpose(1, 2),
-    "nc": lambda: torch.randn(11, 12),
+    "nchw": lambda: torch.randn(5, 5, 4, 4) * 3 + 1,
+    "nchw-odd": lambda: torch.randn(11, 8, 3, 3) * 3 + 1,
+    "nchw-odd-batch": lambda: (torch.randn(11, 12, 3, 3) * 3 + 1)[:, :8],
+    "nhwc": lambda: torch.randn(5, 40, 2, 2).to(memory_format=torch.channels_last),
+    "nlc": lambda: torch.randn(2, 20, 6).transpose(1, 2),
+    "nc": lambda: torch.randn(49, 12),
 }
 
 
 @pytest.fixture(params=FORMS, ids=lambda form: f"triton-{form}")
 def form(request, monkeypatch) -> Iterator[str]:
-    """Tiles so small that a hundred numbers are many; the plan's cache has both limits as keys."""
+    """Tiles so small that a hundred numbers are many; the plan's cache has the limits as keys."""
     if not HAS_TRITON:
         pytest.skip("triton is not installed")
     from fastnorm.ops.batch_norm import plan
 
     monkeypatch.setattr(plan, "TILE_BYTES", 512)
-    monkeypatch.setattr(plan, "OWNER_TILES", FORMS[request.param])
+    for name, value in FORMS[request.param].items():
+        monkeypatch.setattr(plan, name, value)
+    if request.param == "fans":
+        if not dispatch.interpreting():
+            pytest.skip("a compiled kernel has the number that it was compiled with")
+        from fastnorm.ops.batch_norm import triton_merge
+
+        monkeypatch.setattr(triton_merge.FAN, "value", 4)
     with fastnorm.backend("triton"):
         yield request.param
 
@@ -119,16 +137,32 @@ def whole(x, dy, residual, activation):
     return [y.detach(), *torch.autograd.grad(y, leaves, dy), mean, var, count]
 
 
-@pytest.mark.parametrize("activation", ["identity", "silu"])
-@pytest.mark.parametrize("layout", MANY_TILES)
-def test_both_forms_of_the_kernels(form, layout, activation):
+@pytest.mark.parametrize(
+    "layout, activation",
+    [
+        *(("nchw", activation) for activation in ("identity", "silu")),
+        *(("nhwc", activation) for activation in ("identity", "silu")),
+        ("nchw-odd", "silu"),
+        ("nchw-odd-batch", "identity"),
+        ("nlc", "silu"),
+        ("nc", "identity"),
+    ],
+)
+def test_all_forms_of_the_kernels(form, layout, activation):
     from fastnorm.ops.batch_norm.plan import plan
 
     x = MANY_TILES[layout]()
     residual, dy = torch.randn(2, *x.shape)
-    cut = plan(x, x.contiguous() if layout == "nlc" else x, operands=2)
+    cut = plan(x, planes_like(x), operands=2)
     assert cut.tiles > 2
     assert cut.owner == (form == "owner")
+    assert (cut.lag < 0) == (form == "stream")
+    if form != "owner":
+        assert (cut.run == 1) == (form in ("ticket", "fans"))
+        assert cut.shares > 1
+        assert cut.tiles % cut.run > 0 or form != "stream", "no shorter share"
+    if layout.startswith("nchw-odd"):
+        assert cut.constants["CHANNELS"] < cut.constants["BLOCK_C"]
     found = whole(x, dy, residual, activation)
     assert idle()
     with fastnorm.backend("reference"):
@@ -140,7 +174,7 @@ def test_both_forms_of_the_kernels(form, layout, activation):
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_both_forms_of_mean_only(form, layout):
+def test_all_forms_of_mean_only(form, layout):
     x = MANY_TILES[layout]()
     layer = fastnorm.MeanOnlyBatchNorm2d(x.size(1))
     dy = torch.randn(x.shape)
@@ -152,8 +186,8 @@ def test_both_forms_of_mean_only(form, layout):
     torch.testing.assert_close(layer.running_mean, 0.1 * x.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
 
 
-def test_both_forms_in_evaluation(form):
-    theirs, ours = (layer.eval() for layer in twins(C=3))
+def test_all_forms_in_evaluation(form):
+    theirs, ours = (layer.eval() for layer in twins(C=5))
     agree(theirs, ours, MANY_TILES["nchw"]().double())
     assert idle()
 
@@ -161,15 +195,15 @@ def test_both_forms_in_evaluation(form):
 @numpy_warns
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("at", [0, 3])
-def test_both_forms_with_a_value_that_is_not_finite(form, value, at):
-    theirs, ours = twins(C=3)
+def test_all_forms_with_a_value_that_is_not_finite(form, value, at):
+    theirs, ours = twins(C=5)
     x = MANY_TILES["nchw"]().double()
     x[at, 2, 3, 3] = value
     agree_with_the_cpu(theirs, ours, x)
     assert idle()
 
 
-def test_both_forms_keep_digits_at_a_large_mean(form):
+def test_all_forms_keep_digits_at_a_large_mean(form):
     x = MANY_TILES["nchw"]() + 1e4
     y = functional.batch_norm(x, None, None, training=True)
     exact = F.batch_norm(x.double(), None, None, training=True)

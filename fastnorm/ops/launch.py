@@ -15,6 +15,7 @@ from torch import Tensor
 # The interpreter runs programs one after the other, about 5 ms each: a device of two processors
 # keeps grids small.
 INTERPRETER_PROCESSORS = 2
+INTERPRETER_L2 = 50 << 20
 
 
 @functools.cache
@@ -23,6 +24,14 @@ def processors(device: int) -> int:
     if device < 0:
         return INTERPRETER_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def l2_bytes(device: int) -> int:
+    """The size of the L2 cache of the CUDA device of that index; negative: no device."""
+    if device < 0:
+        return INTERPRETER_L2
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def fills(outputs: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., Any]]:

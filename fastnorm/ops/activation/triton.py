@@ -21,7 +21,14 @@ from fastnorm.ops.activation.triton_elementwise import backward_kernel, forward_
 from fastnorm.ops.activation.triton_swish import swish_backward_kernel, swish_forward_kernel
 from fastnorm.ops.activation.triton_values import ACTIVATIONS
 from fastnorm.ops.batch_norm.plan import plan
-from fastnorm.ops.batch_norm.triton_launch import options, sizes, wide_type, workspace
+from fastnorm.ops.batch_norm.triton_launch import (
+    counters,
+    grid,
+    options,
+    sizes,
+    wide_type,
+    workspace,
+)
 
 BLOCK_BYTES = 8192  # of one operand: with four warps, four 16-byte loads per thread
 
@@ -62,9 +69,9 @@ def _as_planes(x: Tensor, beta: Tensor) -> Tensor:
 def swish_forward(x: Tensor, beta: Tensor, y: Tensor) -> None:
     if x.numel() == 0:
         return
-    p = plan(_as_planes(x, beta), _as_planes(y, beta), operands=1)
-    swish_forward_kernel[(p.groups * p.tiles,)](
-        y, x, beta, *sizes(p), p.tiles, WIDE=wide_type(x), **p.constants, **options(x, p)
+    p = plan(_as_planes(x, beta), _as_planes(y, beta), operands=1, one_pass=True)
+    swish_forward_kernel[grid(p)](
+        y, x, beta, *sizes(p), WIDE=wide_type(x), **p.constants, **options(x, p)
     )
 
 
@@ -76,12 +83,12 @@ def swish_backward(
         if dbeta is not None:
             dbeta.zero_()
         return
-    p = plan(_as_planes(x, beta), _as_planes(dy, beta), operands=2)
-    swish_backward_kernel[(p.groups * p.tiles,)](
+    p = plan(_as_planes(x, beta), _as_planes(dy, beta), operands=2, one_pass=True)
+    swish_backward_kernel[grid(p)](
         dx, dbeta, x, dy, beta,
         workspace(x, p) if dbeta is not None else None,
-        launch.counters(x, p.groups) if dbeta is not None else None,
-        *sizes(p), p.tiles,
+        counters(x, p) if dbeta is not None else None,
+        *sizes(p),
         NEED_DX=dx is not None, NEED_DBETA=dbeta is not None, WIDE=wide_type(x),
         **p.constants, **options(x, p),
     )  # fmt: skip

@@ -9,13 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastnorm.ops.activation.triton_values import sigmoid
+from fastnorm.ops.batch_norm.triton_merge import merge_shares
 from fastnorm.ops.batch_norm.triton_tiles import (
     RUNTIME,
-    arrive,
-    merge_sums,
+    channel_count,
+    fold,
+    lane_channels,
     per_channel,
-    store_partials,
+    share_tiles,
     tile_offsets,
+    to_channels,
     total,
 )
 
@@ -24,55 +28,70 @@ from fastnorm.ops.batch_norm.triton_tiles import (
 def swish_forward_kernel(
     y_ptr,  # output, x's shape
     x_ptr, beta_ptr,  # inputs: x's shape, [C]
-    N, C, S, x_stride_n, x_stride_c, x_stride_s, tiles,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr,
-    X_ALIGN: tl.constexpr,
-    X_LAST: tl.constexpr, Y_LAST: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
+    N, C, S, x_stride_n, x_stride_c, x_stride_s, magic, shift, width, count, tiles, run,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr,
+    C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, X_LAST: tl.constexpr, Y_LAST: tl.constexpr,
+    ROWS: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    at = (N, C, S, x_stride_n, x_stride_c, x_stride_s, magic, shift, width)
+    shares = tl.cdiv(tiles, run)
     index = tl.program_id(0)
-    group = index // tiles
-    beta = per_channel(beta_ptr, group, C * C_ALIGN, BLOCK_C, WIDE)[:, None, None]
-    x_offset, y_offset, mask = tile_offsets(
-        group, index - group * tiles, N, C, S, x_stride_n, x_stride_c, x_stride_s,
-        BLOCK_C, BLOCK_V, VEC, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, LONG,
-    )  # fmt: skip
-    x = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(WIDE)
-    tl.store(y_ptr + y_offset, x * tl.sigmoid(beta * x), mask=mask)
+    group = index // shares
+    first, length = share_tiles(index - group * shares, tiles, run)
+    _, c, there = lane_channels(group, at, BLOCK_C, CHANNELS, C_ALIGN)
+    beta = per_channel(beta_ptr, c, there, WIDE)[:, None, None]
+    for tile in range(first, first + length):
+        x_offset, y_offset, mask = tile_offsets(
+            group, tile, at,
+            BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, ROWS, LONG,
+        )  # fmt: skip
+        x = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(WIDE)
+        tl.store(y_ptr + y_offset, x * sigmoid(beta * x), mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def swish_backward_kernel(
     dx_ptr, dbeta_ptr,  # outputs: x's shape, [C]
     x_ptr, dy_ptr, beta_ptr,  # inputs: x's shape twice, [C]
-    partials_ptr, counters_ptr,  # [groups, 2, BLOCK_C, tiles], [groups]
-    N, C, S, x_stride_n, x_stride_c, x_stride_s, tiles,
+    partials_ptr, counters_ptr,  # see triton_merge.py
+    N, C, S, x_stride_n, x_stride_c, x_stride_s, magic, shift, width, count, tiles, run,
     NEED_DX: tl.constexpr, NEED_DBETA: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr,
-    X_ALIGN: tl.constexpr,
-    X_LAST: tl.constexpr, Y_LAST: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr,
+    C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, X_LAST: tl.constexpr, Y_LAST: tl.constexpr,
+    ROWS: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    channels = C * C_ALIGN
+    at = (N, C, S, x_stride_n, x_stride_c, x_stride_s, magic, shift, width)
+    shares = tl.cdiv(tiles, run)
     index = tl.program_id(0)
-    group = index // tiles
-    tile = index - group * tiles
-    beta = per_channel(beta_ptr, group, channels, BLOCK_C, WIDE)[:, None, None]
-    x_offset, y_offset, mask = tile_offsets(
-        group, tile, N, C, S, x_stride_n, x_stride_c, x_stride_s,
-        BLOCK_C, BLOCK_V, VEC, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, LONG,
-    )  # fmt: skip
-    x = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(WIDE)
-    dy = tl.load(dy_ptr + y_offset, mask=mask, other=0.0).to(WIDE)
-    s = tl.sigmoid(beta * x)
-    rest = x * (s * (1.0 - s))
-    if NEED_DX:
-        tl.store(dx_ptr + y_offset, dy * (s + beta * rest), mask=mask)
+    group = index // shares
+    share = index - group * shares
+    first, length = share_tiles(share, tiles, run)
+    _, c, there = lane_channels(group, at, BLOCK_C, CHANNELS, C_ALIGN)
+    beta = per_channel(beta_ptr, c, there, WIDE)[:, None, None]
+    sum_dbeta = fold(
+        tl.zeros([BLOCK_C, BLOCK_V, 1 if ROWS else VEC], WIDE), VEC, X_LAST, Y_LAST, ROWS
+    )
+    for tile in range(first, first + length):
+        x_offset, y_offset, mask = tile_offsets(
+            group, tile, at,
+            BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, ROWS, LONG,
+        )  # fmt: skip
+        x = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(WIDE)
+        dy = tl.load(dy_ptr + y_offset, mask=mask, other=0.0).to(WIDE)
+        s = sigmoid(beta * x)
+        rest = x * (s * (1.0 - s))
+        if NEED_DX:
+            tl.store(dx_ptr + y_offset, dy * (s + beta * rest), mask=mask)
+        if NEED_DBETA:
+            sum_dbeta += fold(dy * (x * rest), VEC, X_LAST, Y_LAST, ROWS)
     if NEED_DBETA:
-        sum_dbeta = total(dy * (x * rest))
-        store_partials(
-            partials_ptr, group, tile, tiles, sum_dbeta, tl.zeros([BLOCK_C], WIDE), BLOCK_C
-        )
-        if arrive(counters_ptr + group) == tiles - 1:
-            dbeta, _ = merge_sums(partials_ptr, group, tiles, BLOCK_C, WIDE)
-            c = group * BLOCK_C + tl.arange(0, BLOCK_C)
+        channels = channel_count(at, BLOCK_C, CHANNELS, C_ALIGN)[0]
+        own = to_channels(total(sum_dbeta), at, BLOCK_C, CHANNELS, C_ALIGN)
+        last, dbeta, _ = merge_shares(
+            partials_ptr, counters_ptr, group, tl.num_programs(0) // shares, share, shares,
+            own, tl.zeros([CHANNELS], WIDE), count, run, 1, False, 1, CHANNELS, WIDE,
+        )  # fmt: skip
+        if last:
+            c = group * CHANNELS + tl.arange(0, CHANNELS)
             tl.store(dbeta_ptr + c, dbeta, mask=c < channels)
             tl.store(counters_ptr + group, 0)

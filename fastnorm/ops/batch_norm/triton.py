@@ -22,7 +22,15 @@ from fastnorm.ops.batch_norm.triton_forward import (
     forward_running_kernel,
     forward_ticket_kernel,
 )
-from fastnorm.ops.batch_norm.triton_launch import options, sizes, wide_type, workspace
+from fastnorm.ops.batch_norm.triton_launch import (
+    counters,
+    grid,
+    options,
+    order,
+    sizes,
+    wide_type,
+    workspace,
+)
 from fastnorm.ops.batch_norm.triton_sync import (
     apply_kernel,
     merge_ranks_kernel,
@@ -53,7 +61,7 @@ def _forward(
     mean, rstd = (None, None) if statistics is None else statistics
     buffers = (running_mean, running_var)
     weight, bias, running_mean, running_var = _compact(weight, bias, *buffers)
-    p = plan(x, y, operands=1 if residual is None else 2)
+    p = plan(x, y, 1 if residual is None else 2, one_pass=not batch_stats)
     constants: dict[str, Any] = dict(
         p.constants,
         VALUE=ACTIVATIONS[activation][0],
@@ -62,21 +70,21 @@ def _forward(
         HAS_BIAS=bias is not None,
         CENTER_ONLY=center_only,
         WIDE=wide_type(x),
-        **options(x, p),
+        **options(x, p, light=batch_stats),
     )
     if not batch_stats:
-        forward_running_kernel[(p.groups * p.tiles,)](
+        forward_running_kernel[grid(p)](
             y, mean, rstd, x, residual, weight, bias, running_mean, running_var,
-            *launch.split(eps), *sizes(p), p.tiles, **constants
+            *launch.split(eps), *sizes(p), **constants
         )  # fmt: skip
         return
     track = num_batches_tracked is not None
     kernel = forward_owner_kernel if p.owner else forward_ticket_kernel
-    kernel[(p.groups if p.owner else 2 * p.groups * p.tiles,)](
+    kernel[(p.groups if p.owner else 2 * p.groups * p.shares,)](
         y, mean, rstd, running_mean, running_var, num_batches_tracked, x, residual, weight, bias,
         None if p.owner else workspace(x, p),
-        launch.counters(x, p.groups + 2) if track or not p.owner else None,
-        *launch.split(momentum or 0.0), *launch.split(eps), *sizes(p), p.groups, p.tiles, p.lag,
+        counters(x, p) if track or not p.owner else None,
+        *launch.split(momentum or 0.0), *launch.split(eps), *sizes(p), *order(p),
         UPDATE_MEAN=running_mean is not None, UPDATE_VAR=running_var is not None, TRACK=track,
         CUMULATIVE=momentum is None and track,
         **constants,
@@ -120,7 +128,9 @@ def _backward(
     plain = activation == "identity"
     residual = None if plain else residual
     weight, bias = _compact(weight, bias)
-    p = plan(x, dy, operands=1 if center_only else 2 if residual is None else 3)
+    operands = 1 if center_only else 2 if residual is None else 3
+    one_pass = not (batch_stats and dx is not None)
+    p = plan(x, dy, operands, one_pass)
     writes = dx is not None or dresidual is not None
     reduces = dweight is not None or dbias is not None
     constants: dict[str, Any] = dict(
@@ -136,24 +146,24 @@ def _backward(
         NEED_DWEIGHT=dweight is not None,
         NEED_DBIAS=dbias is not None,
         WIDE=wide_type(x),
-        **options(x, p),
+        **options(x, p, light=not one_pass and residual is None),
     )
     tensors = (dx, dweight, dbias, dresidual, dy, x, residual, weight, bias, mean, rstd)
-    if batch_stats and dx is not None:
+    if not one_pass:
         kernel = backward_owner_kernel if p.owner else backward_ticket_kernel
-        kernel[(p.groups if p.owner else 2 * p.groups * p.tiles,)](
+        kernel[(p.groups if p.owner else 2 * p.groups * p.shares,)](
             *tensors,
             None if p.owner else workspace(x, p),
-            None if p.owner else launch.counters(x, p.groups + 2),
-            *sizes(p), p.groups, p.tiles, p.lag,
+            None if p.owner else counters(x, p),
+            *sizes(p), *order(p),
             **constants,
         )  # fmt: skip
     elif writes or reduces:
-        backward_pass_kernel[(p.groups * p.tiles,)](
+        backward_pass_kernel[grid(p)](
             *tensors,
             workspace(x, p) if reduces else None,
-            launch.counters(x, p.groups + 2) if reduces else None,
-            *sizes(p), p.tiles,
+            counters(x, p) if reduces else None,
+            *sizes(p),
             REDUCE=reduces,
             **constants,
         )  # fmt: skip
@@ -200,9 +210,9 @@ def mean_only_batch_norm_backward(
 
 @launch.fills(sync.statistics_outputs)
 def batch_norm_statistics(x: Tensor, statistics: Tensor) -> None:
-    p = plan(x, x, operands=1)
-    statistics_kernel[(p.groups * p.tiles,)](
-        statistics, x, workspace(x, p), launch.counters(x, p.groups), *sizes(p), p.tiles,
+    p = plan(x, x, operands=1, one_pass=True)
+    statistics_kernel[grid(p)](
+        statistics, x, workspace(x, p), counters(x, p), *sizes(p),
         **p.constants, WIDE=wide_type(x), **options(x, p),
     )  # fmt: skip
 
@@ -249,10 +259,10 @@ def batch_norm_apply(
     plain = activation == "identity"
     residual = None if plain else residual
     weight, bias = _compact(weight, bias)
-    p = plan(x, dy, operands=2 if residual is None else 3)
-    apply_kernel[(p.groups * p.tiles,)](
+    p = plan(x, dy, operands=2 if residual is None else 3, one_pass=True)
+    apply_kernel[grid(p)](
         dx, dresidual, dy, x, residual, weight, bias, *statistics, sums, count,
-        *sizes(p), p.tiles,
+        *sizes(p),
         SLOPE=ACTIVATIONS[activation][1], PLAIN=plain, HAS_RESIDUAL=residual is not None,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, NEED_DRESIDUAL=needs_dresidual,
         **p.constants, WIDE=wide_type(x), **options(x, p),

@@ -10,22 +10,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastnorm.ops.batch_norm.triton_backward import (
-    channel_values,
-    gradient_tile,
-    store_input_gradients,
-)
+from fastnorm.ops.batch_norm.triton_backward import apply_share, channel_values
 from fastnorm.ops.batch_norm.triton_forward import store_statistics
+from fastnorm.ops.batch_norm.triton_merge import (
+    merge_shares,
+    share_size,
+    share_statistics,
+)
 from fastnorm.ops.batch_norm.triton_tiles import (
     RUNTIME,
     arrive,
-    finish,
-    merge_statistics,
+    channel_count,
+    lane_channels,
+    leave_zero,
     per_channel,
-    store_partials,
-    tile_offsets,
-    tile_size,
-    tile_statistics,
+    share_tiles,
 )
 
 
@@ -33,33 +32,37 @@ from fastnorm.ops.batch_norm.triton_tiles import (
 def statistics_kernel(
     statistics_ptr,  # output: [2 * C + 1]: mean, sum of squared deviations, count
     x_ptr,  # input, its own shape
-    partials_ptr, counters_ptr,  # [groups, 2, BLOCK_C, tiles], [groups]
-    N, C, S, x_stride_n, x_stride_c, x_stride_s, tiles,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr,
-    X_ALIGN: tl.constexpr,
-    X_LAST: tl.constexpr, Y_LAST: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
+    partials_ptr, counters_ptr,  # see triton_merge.py
+    N, C, S, x_stride_n, x_stride_c, x_stride_s, magic, shift, width, count, tiles, run,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr,
+    C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, X_LAST: tl.constexpr, Y_LAST: tl.constexpr,
+    ROWS: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One tile per program; the last of a group to arrive merges the group's tiles."""
-    channels = C * C_ALIGN
-    BLOCK: tl.constexpr = BLOCK_V * VEC
+    """One share per program; the last of a group to arrive merges them all."""
+    at = (N, C, S, x_stride_n, x_stride_c, x_stride_s, magic, shift, width)
+    BLOCK: tl.constexpr = BLOCK_V if ROWS else BLOCK_V * VEC
+    channels, plane = channel_count(at, BLOCK_C, CHANNELS, C_ALIGN)
+    shares = tl.cdiv(tiles, run)
     index = tl.program_id(0)
-    group = index // tiles
-    tile = index - group * tiles
-    x_offset, _, mask = tile_offsets(
-        group, tile, N, C, S, x_stride_n, x_stride_c, x_stride_s,
-        BLOCK_C, BLOCK_V, VEC, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, LONG,
+    group = index // shares
+    share = index - group * shares
+    first, length = share_tiles(share, tiles, run)
+    size = share_size(share, shares, count, run, plane, BLOCK, WIDE)
+    mean, m2 = share_statistics(
+        x_ptr, group, first, length, size, at,
+        BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, ROWS, LONG, WIDE,
     )  # fmt: skip
-    x = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(WIDE)
-    mean, m2 = tile_statistics(x, mask, tile_size(tile, N, S, VEC, BLOCK, WIDE))
-    store_partials(partials_ptr, group, tile, tiles, mean, m2, BLOCK_C)
-    if arrive(counters_ptr + group) == tiles - 1:
-        mean, var = merge_statistics(partials_ptr, group, tiles, N, S, VEC, BLOCK, BLOCK_C, WIDE)
-        count = (N.to(tl.int64) * S * VEC).to(WIDE)
-        c = group * BLOCK_C + tl.arange(0, BLOCK_C)
-        tl.store(statistics_ptr + c, mean, mask=c < channels)
-        tl.store(statistics_ptr + channels + c, var * count, mask=c < channels)
+    last, merged, squares = merge_shares(
+        partials_ptr, counters_ptr, group, tl.num_programs(0) // shares, share, shares, mean, m2,
+        count, run, plane, True, BLOCK, CHANNELS, WIDE,
+    )  # fmt: skip
+    if last:
+        squares = tl.maximum(squares, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        c = group * CHANNELS + tl.arange(0, CHANNELS)
+        tl.store(statistics_ptr + c, merged, mask=c < channels)
+        tl.store(statistics_ptr + channels + c, squares, mask=c < channels)
         if group == 0:
-            tl.store(statistics_ptr + 2 * channels, count)
+            tl.store(statistics_ptr + 2 * channels, tl.cast(count, tl.int64).to(WIDE))
         tl.store(counters_ptr + group, 0)
 
 
@@ -89,7 +92,7 @@ def merge_ranks_kernel(
     """All ranks' statistics as one (Chan, Golub & LeVeque 1979), the same bits on every rank."""
     group = tl.program_id(0)
     c = group * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = per_channel(gathered_ptr, group, C, BLOCK_C, WIDE)
+    first = per_channel(gathered_ptr, c, c < C, WIDE)
     # an infinite mean must stay infinite, not become NaN
     pivot = tl.where(first - first == 0, first, 0.0)
     count = tl.zeros([BLOCK_R, 1], WIDE)
@@ -116,11 +119,12 @@ def merge_ranks_kernel(
     values = tl.maximum(total, 2.0)
     store_statistics(
         mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, num_batches_tracked_ptr,
-        merged, var, var, group, moved, values, momentum, momentum_tail,
-        True, UPDATE_MEAN, UPDATE_VAR, TRACK, CUMULATIVE, BLOCK_C, WIDE,
+        merged, var, var, c, c < moved, values, momentum, momentum_tail,
+        True, UPDATE_MEAN, UPDATE_VAR, CUMULATIVE, WIDE,
     )  # fmt: skip
     if TRACK:
-        finish(counters_ptr, tl.num_programs(0), 0, num_batches_tracked_ptr, TRACK)
+        if arrive(counters_ptr + 1) == tl.num_programs(0) - 1:
+            leave_zero(counters_ptr, 0, num_batches_tracked_ptr, TRACK)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -128,34 +132,31 @@ def apply_kernel(
     dx_ptr, dresidual_ptr,  # outputs: x's shape
     # inputs: x's shape three times, then [C], then [2 * C] and []
     dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr, count_ptr,
-    N, C, S, x_stride_n, x_stride_c, x_stride_s, tiles,
+    N, C, S, x_stride_n, x_stride_c, x_stride_s, magic, shift, width, count, tiles, run,
     SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, NEED_DRESIDUAL: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, C_ALIGN: tl.constexpr,
-    X_ALIGN: tl.constexpr,
-    X_LAST: tl.constexpr, Y_LAST: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr,
+    C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, X_LAST: tl.constexpr, Y_LAST: tl.constexpr,
+    ROWS: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The input's gradient from the sums of all ranks."""
-    channels = C * C_ALIGN
+    at = (N, C, S, x_stride_n, x_stride_c, x_stride_s, magic, shift, width)
+    channels, _ = channel_count(at, BLOCK_C, CHANNELS, C_ALIGN)
+    shares = tl.cdiv(tiles, run)
     index = tl.program_id(0)
-    group = index // tiles
-    tile = index - group * tiles
+    group = index // shares
+    first, length = share_tiles(index - group * shares, tiles, run)
+    _, c, there = lane_channels(group, at, BLOCK_C, CHANNELS, C_ALIGN)
     mean, rstd, scale, bias = channel_values(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channels,
+        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, there,
         False, HAS_WEIGHT, HAS_BIAS, BLOCK_C, WIDE,
     )  # fmt: skip
-    count = tl.load(count_ptr)
-    mean_dz = per_channel(sums_ptr, group, channels, BLOCK_C, WIDE) / count
-    mean_dz_x_hat = per_channel(sums_ptr + channels, group, channels, BLOCK_C, WIDE) / count
-    x_offset, y_offset, mask = tile_offsets(
-        group, tile, N, C, S, x_stride_n, x_stride_c, x_stride_s,
-        BLOCK_C, BLOCK_V, VEC, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, LONG,
-    )  # fmt: skip
-    dz, x_hat = gradient_tile(
-        dy_ptr, x_ptr, residual_ptr, mean, rstd, scale, bias, x_offset, y_offset, mask,
-        SLOPE, PLAIN, HAS_RESIDUAL, False, WIDE,
-    )  # fmt: skip
-    store_input_gradients(
-        dx_ptr, dresidual_ptr, dz, x_hat, scale, mean_dz, mean_dz_x_hat, y_offset, mask,
-        False, True, NEED_DRESIDUAL,
+    positions = tl.load(count_ptr)
+    apply_share(
+        dx_ptr, dresidual_ptr, dy_ptr, x_ptr, residual_ptr, mean, rstd, scale, bias,
+        per_channel(sums_ptr, c, there, WIDE) / positions,
+        per_channel(sums_ptr + channels, c, there, WIDE) / positions,
+        group, first, 1, length, at,
+        SLOPE, PLAIN, HAS_RESIDUAL, False, True, NEED_DRESIDUAL,
+        BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, ROWS, LONG, WIDE,
     )  # fmt: skip
