@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastnorm.ops.layer_norm.triton_backward import column, store_partial
-from fastnorm.ops.layer_norm.triton_tiles import leave_zero, shifted_pointer
+from fastnorm.ops.layer_norm.triton_tiles import leave_zero
 
 LONG_SIZES = [
     "M",
@@ -31,7 +31,7 @@ def row_sums(
     """The part of one column chunk in sum(g) and sum(g * x_hat) of `rows` rows."""
     col = tl.arange(0, BLOCK)
     col_inside = begin + col < N
-    weight = column(shifted_pointer(weight_ptr, begin), col, col_inside, 1.0, WIDE)
+    weight = column(weight_ptr, begin + col, col_inside, 1.0, WIDE)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         row_inside = row < rows
@@ -47,7 +47,7 @@ def row_sums(
         rstd = tl.load(rstd_ptr + r, mask=row_inside, other=0.0)[:, None]
         x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
         if SLOPE is not None:
-            bias = column(shifted_pointer(bias_ptr, begin), col, col_inside, 0.0, WIDE)
+            bias = column(bias_ptr, begin + col, col_inside, 0.0, WIDE)
             dz = dz * SLOPE(x_hat * weight + bias)
         g = dz * weight
         at = partial_ptr + (r * chunks + chunk) * 2
@@ -111,7 +111,7 @@ def backward_rows(
         rstd = tl.load(rstd_ptr + r, mask=row_inside, other=0.0)[:, None]
         x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
         if SLOPE is not None:
-            bias = column(shifted_pointer(bias_ptr, begin), col, col_inside, 0.0, WIDE)
+            bias = column(bias_ptr, begin + col, col_inside, 0.0, WIDE)
             dz = dz * SLOPE(x_hat * weight + bias)
         if NEEDS_WEIGHT:
             dweight += dz * x_hat
@@ -196,7 +196,7 @@ def backward_ticket_kernel(
                     tl.atomic_add(counters_ptr + 2 + group, 1, sem="release")
         else:
             col = tl.arange(0, BLOCK)
-            weight = column(shifted_pointer(weight_ptr, begin), col, begin + col < N, 1.0, WIDE)
+            weight = column(weight_ptr, begin + col, begin + col < N, 1.0, WIDE)
             dweight = tl.zeros((ROWS, BLOCK), WIDE)
             dbias = tl.zeros((ROWS, BLOCK), WIDE)
             first = group.to(tl.int64) * span * GROUP
