@@ -163,6 +163,9 @@ def jobs(full: bool) -> Iterator[Job]:
             for rows, cols in ((4096, 1024), (512, 32768), (4, 1 << 18)):
                 for given in ("both", "weight", "none", "frozen"):
                     yield job(layer_norm_bare, rows, cols, dtype, given)
+            # many rows a tile, several rows of several warps, a row of all warps
+            for cols in (96, 512, 8192):
+                yield job(layer_norm_bare, 4096, cols, dtype, "both")
         for shape, dim in (
             ((512, 1152), 0),
             ((512, 1152), 1),

@@ -18,7 +18,7 @@ from fastnorm.ops.layer_norm.triton_tiles import (
 # at most that 16 divides it, and a 16-byte access needs 4 (fp32) or 8 (16 bit). None of them is
 # specialised: no batch size recompiles.
 SIZES = ["S", "N", "tiles", "x_batch", "x_row", "x_col", "residual_batch", "residual_row"]
-LONG_SIZES = ["M", "N", "x_row", "residual_row", "chunks", "lag", "programs"]
+LONG_SIZES = ["M", "N", "x_row", "residual_row", "chunks", "blocks", "lag", "programs"]
 
 
 @triton.jit
@@ -107,23 +107,21 @@ def normalize_chunk(
 
 
 @triton.jit
-def merge_chunks(
-    partial_ptr, chunks, N, CHUNK: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr
-):
+def merge_chunks(partial_ptr, chunks, chunk, N, PARTS: tl.constexpr, WIDE: tl.constexpr):
     """Chan's merge of the (mean, m2) of a row's chunks, always in the same order."""
     part = tl.arange(0, PARTS)
     pivot = tl.load(partial_ptr)
     total = tl.zeros((PARTS,), WIDE)
     for start in range(0, chunks, PARTS):
         k = start + part
-        count = tl.minimum(N - k.to(tl.int64) * CHUNK, CHUNK).to(WIDE)
+        count = tl.minimum(N - k.to(tl.int64) * chunk, chunk).to(WIDE)
         delta = tl.load(partial_ptr + k * 2, mask=k < chunks, other=0.0) - pivot
         total += tl.where(k < chunks, delta * count, 0.0)
     mean = pivot + tl.sum(total) / N.to(WIDE)
     m2 = tl.zeros((PARTS,), WIDE)
     for start in range(0, chunks, PARTS):
         k = start + part
-        count = tl.minimum(N - k.to(tl.int64) * CHUNK, CHUNK).to(WIDE)
+        count = tl.minimum(N - k.to(tl.int64) * chunk, chunk).to(WIDE)
         delta = tl.load(partial_ptr + k * 2, mask=k < chunks, other=0.0) - mean
         within = tl.load(partial_ptr + k * 2 + 1, mask=k < chunks, other=0.0)
         m2 += tl.where(k < chunks, within + count * delta * delta, 0.0)
@@ -288,11 +286,11 @@ def normalize_ticket_kernel(
     x_row,
     residual_row,
     chunks,
+    blocks,  # of a chunk
     lag,
     programs,
     COL_ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
     VALUE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -309,8 +307,9 @@ def normalize_ticket_kernel(
     N = N * COL_ALIGN
     if (tile >= 0) & (tile < M * chunks):
         row = (tile // chunks).to(tl.int64)
-        begin = (tile % chunks).to(tl.int64) * CHUNK
-        length = tl.minimum(N - begin, CHUNK)
+        chunk = blocks * BLOCK
+        begin = (tile % chunks).to(tl.int64) * chunk
+        length = tl.minimum(N - begin, chunk)
         x_ptr += row * (x_row * COL_ALIGN) + begin
         residual_at = row * (residual_row * COL_ALIGN) + begin
         # a name of its own: Triton 3.6 cannot make a parameter that is None another in a branch
@@ -324,7 +323,7 @@ def normalize_ticket_kernel(
             tl.debug_barrier()
             if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == chunks - 1:
                 mean, m2 = merge_chunks(
-                    partial_ptr + row * chunks * 2, chunks, N, CHUNK, PARTS, WIDE
+                    partial_ptr + row * chunks * 2, chunks, chunk, N, PARTS, WIDE
                 )
                 tl.store(mean_ptr + row, mean)
                 tl.store(rstd_ptr + row, inverse_root(m2 / N.to(WIDE), eps, eps_low, WIDE))

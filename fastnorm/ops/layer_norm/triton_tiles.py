@@ -52,6 +52,12 @@ def added(x, residual_ptr, at, inside, WIDE: tl.constexpr):
 
 
 @triton.jit
+def two_sums(a, b):
+    """The sums along the rows of two tiles in one reduction, whose barriers they share."""
+    return tl.split(tl.sum(tl.join(a, b), axis=1))
+
+
+@triton.jit
 def inverse_root(variance, eps, eps_low, WIDE: tl.constexpr):
     shifted = (
         variance + eps + eps_low
