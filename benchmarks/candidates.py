@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import itertools
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -101,6 +100,17 @@ KNOBS: dict[tuple[str, str], tuple[Knob, ...]] = {
         Knob("CHUNK", _LAYER_NORM, (8192, 16384, 32768), FORWARD),
         Knob("BACKWARD_BLOCK", _LAYER_NORM, (512, 1024, 2048), BACKWARD),
         Knob("GROUP", _LAYER_NORM, (8, 16, 32), BACKWARD),
+        Knob("SHARED_ROW", _LAYER_NORM, (16384, 32768, 65536), FORWARD),
+        # rows in registers: occupancy, loads in flight, programs
+        Knob("REGISTERS", _LAYER_NORM, (96, 128, 168), BACKWARD),
+        Knob("REGISTERS_WIDE", _LAYER_NORM, (128, 168), BACKWARD),
+        Knob("BACKWARD_BYTES", _LAYER_NORM, (16, 32), BACKWARD),
+        Knob("HELD_COLS", _LAYER_NORM, (0, 2048, 4096), BACKWARD),
+        Knob("LEAST_ROWS", _LAYER_NORM, (2, 8, 32), BACKWARD),
+        Knob("FINALIZE", _LAYER_NORM, (2048, 4096, 8192), BACKWARD),
+        # rows beyond them: how far the first phase is ahead, rows at once
+        Knob("LEAD_QUARTERS", _LAYER_NORM, (0, 1, 2, 4), BACKWARD),
+        Knob("ROWS", _LAYER_NORM, (4, 8), BACKWARD),
     ),
     ("weight_norm", "triton"): (
         Knob("SPLIT_FROM", _WEIGHT_NORM, (1 << 14, 1 << 17, 1 << 62)),  # the last: one launch
@@ -125,6 +135,7 @@ KNOBS: dict[tuple[str, str], tuple[Knob, ...]] = {
 }
 
 AS_IT_IS = "as it is"
+TOGETHER = 2
 Changes = tuple[tuple[str, int], ...]  # (knob, value) of each that is not at its default
 
 
@@ -136,16 +147,16 @@ def knobs(problem: Problem, backend: str) -> tuple[Knob, ...]:
 
 
 def candidates(chosen: Iterable[Knob], mode: str) -> list[Changes]:
-    """Every combination of values for a mode, those that change little first: the default, each
-    knob alone, two together, ..."""
+    """The default, each value of each knob alone, then with one of another knob: more at once than
+    TOGETHER would be millions where an op has a dozen knobs."""
     usable = [k for k in chosen if mode in k.modes and k.obstacle() is None]
     alone = {k.name for k in usable if k.alone}
-    values = [(None, *(v for v in k.values if v != k.default())) for k in usable]
-    every = (
-        tuple((k.name, v) for k, v in zip(usable, row, strict=True) if v is not None)
-        for row in itertools.product(*values)
-    )
-    found = [changes for changes in every if len(changes) == 1 or not alone & dict(changes).keys()]
+    found: list[Changes] = [()]
+    for k in reversed(usable):
+        turned = [v for v in k.values if v != k.default()]
+        few = [changes for changes in found if len(changes) < TOGETHER]
+        found += [((k.name, v), *changes) for v in turned for changes in few]
+    found = [changes for changes in found if len(changes) < 2 or not alone & dict(changes).keys()]
     return sorted(found, key=len)
 
 

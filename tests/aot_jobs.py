@@ -99,6 +99,19 @@ def layer_norm(rows: int, cols: int, dtype: torch.dtype, activation: str | None)
     differentiate(function, x, weight, bias, *residual)
 
 
+def layer_norm_bare(rows: int, cols: int, dtype: torch.dtype, given: str) -> None:
+    """No residual and no activation; the parameters that are `given`, frozen ones among them."""
+    x = torch.empty(rows, cols, dtype=dtype)
+    weight = None if given == "none" else torch.empty(cols, dtype=dtype)
+    bias = None if given in ("none", "weight") else torch.empty(cols, dtype=dtype)
+    if weight is None or given == "frozen":
+        differentiate(lambda x: functional.layer_norm(x, (cols,), weight, bias), x)
+    elif bias is None:
+        differentiate(lambda x, w: functional.layer_norm(x, (cols,), w), x, weight)
+    else:
+        differentiate(lambda x, w, b: functional.layer_norm(x, (cols,), w, b), x, weight, bias)
+
+
 def weight_norm(shape: tuple[int, ...], dim: int | None, dtype: torch.dtype) -> None:
     kept = [n if i == dim else 1 for i, n in enumerate(shape)]
     g = torch.empty(kept if dim is not None else (), dtype=dtype)
@@ -145,6 +158,14 @@ def jobs(full: bool) -> Iterator[Job]:
             for activation in fused if full else ("silu",):
                 aligned = cols % 16 == 0
                 yield job(layer_norm, rows, cols, dtype, activation, aligned=aligned)
+        # a parameter, a residual or a gradient that is None takes branches of its own
+        if full or dtype == torch.bfloat16:
+            for rows, cols in ((4096, 1024), (512, 32768), (4, 1 << 18)):
+                for given in ("both", "weight", "none", "frozen"):
+                    yield job(layer_norm_bare, rows, cols, dtype, given)
+            # many rows a tile, several rows of several warps, a row of all warps
+            for cols in (96, 512, 8192):
+                yield job(layer_norm_bare, 4096, cols, dtype, "both")
         for shape, dim in (
             ((512, 1152), 0),
             ((512, 1152), 1),

@@ -45,6 +45,7 @@ def test_fused_activation(activation):
         nhwc(2, 24, 7, 7),
         nhwc(1, 1100, 2, 2),  # too wide for that: copied
         randn(6, 8, 32)[:, ::2],
+        randn(3, 10, 1100)[:, ::2],
         randn(6, 100)[:, 3:80],
         randn(6, 32, 2)[..., 0],
         randn(2, 1, 32).expand(2, 5, 32),
@@ -55,6 +56,7 @@ def test_fused_activation(activation):
         "nhwc-odd",
         "nhwc-wide",
         "every-other-row",
+        "every-other-wide-row",  # a batch does not end with a program's round
         "columns",
         "strided-columns",
         "expanded",
@@ -94,10 +96,8 @@ def small_limits(monkeypatch):
 @pytest.mark.parametrize(
     "shared_row", [1, 1 << 30], ids=["many programs a row", "one program a row"]
 )
-@pytest.mark.parametrize("group_bytes", [1 << 20, 1], ids=["interleaved", "two phases"])
-def test_long_rows(small_limits, monkeypatch, columns, shared_row, group_bytes):
+def test_long_rows(small_limits, monkeypatch, columns, shared_row):
     small_limits("SHARED_ROW", shared_row)
-    small_limits("GROUP_BYTES", group_bytes)
     monkeypatch.setattr(launch, "INTERPRETER_PROCESSORS", 20)  # more than there are rows
     x, residual = (
         randn(18, columns) + 100,
@@ -106,6 +106,34 @@ def test_long_rows(small_limits, monkeypatch, columns, shared_row, group_bytes):
     agrees("triton", x, (columns,), residual=residual, return_sum=True, activation="silu")
     agrees("triton", x, (columns,), affine=False)
     assert not launch.counters(x, 1).any(), "every launch leaves its counters zero"
+
+
+@pytest.mark.triton
+# a program has every group of its columns, every other one, one; or there are more chunks than
+# programs run at once
+@pytest.mark.parametrize(("columns", "programs"), [(257, 5), (257, 10), (257, 40), (200, 1)])
+def test_parameter_gradients_over_groups(small_limits, monkeypatch, columns, programs):
+    small_limits("GROUP", 4)
+    small_limits("_resident", lambda *_: programs)
+    x = randn(18, columns) + 100  # five groups of rows, the last short
+    agrees("triton", x, (columns,))
+    assert not launch.counters(x, 1).any(), "every launch leaves its counters zero"
+
+
+# all that run at once; 8 rows each; one for each processor, or row
+@pytest.mark.parametrize(("rows", "programs"), [(32768, 528), (4096, 512), (500, 132), (64, 64)])
+def test_programs_of_the_backward(rows, programs):
+    triton = pytest.importorskip("fastnorm.ops.layer_norm.triton")
+    resident = triton._resident(132, 128, 4)
+    assert triton._programs(rows, rows, resident, 132) == programs
+
+
+@pytest.mark.parametrize("spans", [1, 2, 3, 4])
+def test_partial_sums_are_aligned_for_any_batch(spans):
+    triton = pytest.importorskip("fastnorm.ops.layer_norm.triton")
+    parts, *both = triton._parts(torch.empty(0), spans, 33, True, True)
+    assert parts.shape == (2, spans, 33)
+    assert all(part.data_ptr() % 16 == 0 and part.is_contiguous() for part in both)
 
 
 @pytest.mark.triton

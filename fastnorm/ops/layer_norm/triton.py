@@ -14,10 +14,7 @@ from fastnorm import layout
 from fastnorm.ops import launch
 from fastnorm.ops.activation.triton_values import ACTIVATIONS
 from fastnorm.ops.layer_norm import backward_outputs, forward_outputs
-from fastnorm.ops.layer_norm.triton_backward import (
-    backward_kernel,
-    finalize_kernel,
-)
+from fastnorm.ops.layer_norm.triton_backward import backward_kernel, finalize_kernel
 from fastnorm.ops.layer_norm.triton_backward_long import backward_ticket_kernel
 from fastnorm.ops.layer_norm.triton_forward import (
     normalize_kernel,
@@ -32,13 +29,29 @@ FORWARD_COLS, BACKWARD_COLS = 16384, 8192
 # Read transposed (rows adjacent), a tile has at least 16 rows: what that leaves of columns in
 # registers.
 FORWARD_TRANSPOSED_COLS, BACKWARD_TRANSPOSED_COLS = 1024, 256
+# Bytes of x, and of dy, that a thread of the backward holds: two loads of 16. The next ones are
+# under way meanwhile: 24 to 32 KB in flight a processor. Half of it where a tile has many rows,
+# whose addresses take registers: up to so many columns, and with an activation, whose slope takes
+# some too.
+BACKWARD_BYTES, SHORT_ROW, SHORT_ROW_SLOPE = 32, 127, 1024
+# Columns up to which the backward keeps the parameters in registers too, without an activation and
+# with one; not where a tile has several rows of several warps, whose sums take them.
+HELD_COLS, HELD_COLS_SLOPE = 2048, 1024
+# Of a thread, said explicitly: left to itself the assembler spills a little to reach the next step
+# of occupancy. REGISTERS: 16 warps a processor; REGISTERS_WIDE: 12 in programs of 4, whose tiles of
+# 16-bit rows need them (and transposed ones, and fp64).
+REGISTERS, REGISTERS_WIDE, REGISTER_FILE = 128, 168, 65536
+# Rows a program has at least, where that leaves one for every processor: each writes 8 N bytes of
+# sums for its 6 N bytes (16 bit) a row.
+LEAST_ROWS = 8
+FINALIZE = 4096  # partial sums a program of the last kernel has in flight, 16 bytes a load
 # Columns from which several programs share a row, where there are fewer rows than processors.
-SHARED_ROW = 65536
+SHARED_ROW = 32768
 BLOCK, CHUNK, BACKWARD_BLOCK = 4096, 16384, 1024
-GROUP, GROUP_BYTES = (
-    16,
-    16 << 20,
-)  # rows per arrival counter; beyond these bytes a group does not stay in L2
+# Rows per tile and arrival counter, at most; and how far, in tiles by the resident programs, the
+# first of the two phases is ahead: two quarters of them are in the midst of a tile of the first.
+GROUP, LEAD_QUARTERS = 16, 2
+ROWS = 4  # at once: of 16-bit elements without an activation, whose slope takes registers
 
 
 def _constants(x: Tensor, **others: Any) -> dict[str, Any]:
@@ -167,13 +180,17 @@ def _forward_long(
             *outputs, *operands, *launch.split(eps), N // align, *strides, **constants
         )
         return
-    chunks = triton.cdiv(N, CHUNK)
+    block = constants["BLOCK"]
+    blocks = max(1, CHUNK // block)
+    while blocks > 1 and M * triton.cdiv(N, blocks * block) < 2 * processors:  # a short batch
+        blocks //= 2
+    chunks = triton.cdiv(N, blocks * block)
     lag = chunks - 1 + processors // 2
     programs = 2 * (M * chunks + lag)
     partial = torch.empty((M, chunks, 2), dtype=mean.dtype, device=y.device)
     normalize_ticket_kernel[(programs,)](
         *outputs, *operands, partial, launch.counters(y, 2 + M), *launch.split(eps),
-        M, N // align, *strides, chunks, lag, programs, CHUNK=CHUNK, PARTS=256,
+        M, N // align, *strides, chunks, blocks, lag, programs, PARTS=256,
         **{"maxnreg": 128, **constants},  # see _backward_long
     )  # fmt: skip
 
@@ -206,7 +223,7 @@ def layer_norm_backward(
     constants = _constants(x, SLOPE=slope)
     resident = _in_registers(x, N, BACKWARD_COLS, light=slope is None and x.element_size() == 2)
     launched = _backward_short if resident else _backward_long
-    parts = launched(
+    parts, deep = launched(
         x, dy, operands, dims, dx, dweight is not None, dbias is not None, M, N, constants
     )
     if parts is None:
@@ -214,27 +231,36 @@ def layer_norm_backward(
     wanted = [gradient is not None for gradient in (dweight, dbias)]
     halves = iter(parts.unbind(0))
     dweight_part, dbias_part = (next(halves) if want else None for want in wanted)
-    finalize_kernel[(triton.cdiv(N, 16), sum(wanted))](
-        dweight, dbias, dweight_part, dbias_part, parts.size(1), N, BLOCK_P=256, BLOCK_N=16,
-        WIDE=constants["WIDE"], num_warps=4, enable_fp_fusion=True,
+    # as many rows at once as there may be for this N, not for this batch
+    block_p = min(256, max(4, triton.next_power_of_2(deep)))
+    block_n = FINALIZE // block_p
+    align = _units(parts.element_size(), N)
+    finalize_kernel[(triton.cdiv(N, block_n), sum(wanted))](
+        dweight, dbias, dweight_part, dbias_part, parts.size(1), N // align, COL_ALIGN=align,
+        BLOCK_P=block_p, BLOCK_N=block_n, WIDE=constants["WIDE"], num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _programs(M: int, N: int, processors: int) -> int:
-    """Persistent programs: many where rows are short, one per processor where they are long, 16
-    rows each at least."""
-    each = 16 if N <= 256 else 8 if N <= 1024 else 4 if N <= 2048 else 2 if N <= 4096 else 1
-    return min(processors * each, -(-M // 16))
+def _resident(processors: int, registers: int, warps: int) -> int:
+    """The programs that run at once."""
+    return processors * max(1, REGISTER_FILE // (registers * 32 * warps))
+
+
+def _programs(M: int, tiles: int, resident: int, processors: int) -> int:
+    """As many as run at once; in a short batch LEAST_ROWS each, but one for every processor."""
+    return min(resident, tiles, max(processors, -(-M // LEAST_ROWS)))
 
 
 def _parts(
     like: Tensor, spans: int, N: int, *wanted: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The workspace of partial parameter gradients [wanted, spans, N], and its part for weight and
-    for bias."""
+    for bias, both aligned: a kernel is compiled for an alignment, which must not depend on M."""
     if not any(wanted):
         return None, None, None
-    parts = torch.empty((sum(wanted), spans, N), dtype=like.dtype, device=like.device)
+    room = (sum(wanted), -(-spans // 4) * 4, N)
+    parts = torch.empty(room, dtype=like.dtype, device=like.device)[:, :spans]
     return parts, parts[0] if wanted[0] else None, parts[-1] if wanted[1] else None
 
 
@@ -242,58 +268,73 @@ def _backward_short(
     x: Tensor, dy: Tensor, operands: tuple[Any, ...], dims: int,
     dx: Tensor | None, wants_weight: bool, wants_bias: bool, M: int, N: int,
     constants: dict[str, Any],
-) -> Tensor | None:  # fmt: skip
+) -> tuple[Tensor | None, int]:  # fmt: skip
+    """The partial parameter gradients, and how many there may be for rows of this length."""
     views = in_place(dims, 0 if x.dtype == torch.float64 else BACKWARD_TRANSPOSED_COLS, x, dy)
     B, S, _ = views[0].shape
     row_align, col_align = _align(views)
     transposed = any(rows_adjacent(view) for view in views)
-    thread = 16 if transposed else 8  # elements of a row that a thread holds
-    if not transposed and col_align * x.element_size() < 16:  # an offset each
-        thread //= 2
-    if not transposed and x.dtype == torch.float64:  # two registers each
+    short_row, held = SHORT_ROW, HELD_COLS
+    if constants["SLOPE"] is not None:
+        short_row, held = SHORT_ROW_SLOPE, HELD_COLS_SLOPE
+    thread = BACKWARD_BYTES // x.element_size()  # elements of a row that a thread holds
+    if transposed:
+        thread = 16
+    elif N <= short_row or col_align * x.element_size() < 16:  # noqa: SIM300
         thread //= 2
     tile = _tile(N, thread, transposed, 8 if transposed else 16)
-    tile["maxnreg"] = 128 if tile["num_warps"] == 16 else 168  # see _backward_long
-    tiles = triton.cdiv(S, tile["ROWS"])
-    programs = min(_programs(M, N, launch.processors(x.get_device())), B * tiles)
+    wide = transposed or x.dtype == torch.float64 or (thread == 16 and tile["num_warps"] == 4)
+    most = REGISTER_FILE // (32 * tile["num_warps"])
+    tile["maxnreg"] = min(most, REGISTERS_WIDE if wide else REGISTERS)
+    tiles = B * triton.cdiv(S, tile["ROWS"])
+    processors = launch.processors(x.get_device())
+    resident = _resident(processors, tile["maxnreg"], tile["num_warps"])
+    programs = _programs(M, tiles, resident, processors)
+    several = tile["ROWS"] > 1 and N * x.element_size() > 32 * 16
     parts, dweight, dbias = _parts(operands[-1], programs, N, wants_weight, wants_bias)
     backward_kernel[(programs,)](
-        dx, dweight, dbias, *views, *operands, B, S // row_align, N // col_align, tiles,
+        dx, dweight, dbias, *views, *operands, B, S // row_align, N // col_align, tiles // B,
         *_strides(views[0], row_align, col_align), *_strides(views[1], row_align, col_align),
         programs,
         ROW_ALIGN=row_align, COL_ALIGN=col_align,
         X_TRANSPOSED=rows_adjacent(views[0]), DY_TRANSPOSED=rows_adjacent(views[1]),
-        PREFETCH=_in_registers(x, N, BACKWARD_COLS // 2), **tile, **constants,
+        BATCHED=B > 1, HOLD=N <= held and not several,  # noqa: SIM300
+        WHOLE=tile["COLS"] == N, **tile, **constants,
     )  # fmt: skip
-    return parts
+    return parts, resident
 
 
 def _backward_long(
     x: Tensor, dy: Tensor, operands: tuple[Any, ...], dims: int,
     dx: Tensor | None, wants_weight: bool, wants_bias: bool, M: int, N: int,
     constants: dict[str, Any],
-) -> Tensor | None:  # fmt: skip
+) -> tuple[Tensor | None, int]:  # fmt: skip
+    """The partial parameter gradients, and how many there may be for rows of this length."""
     views = _flat(dims, x, dy)
     _, align = _align(views)
     block = BACKWARD_BLOCK // 2 if x.dtype == torch.float64 else BACKWARD_BLOCK
-    chunks, groups = triton.cdiv(N, block), triton.cdiv(M, GROUP)
-    span = 1 if GROUP * N * (x.element_size() + dy.element_size()) <= GROUP_BYTES else groups
-    lag = chunks - 1 + launch.processors(x.get_device()) // 2
-    # said explicitly: left to itself the assembler spills a little to reach the next step of
-    # occupancy
-    registers = 128 if align * x.element_size() >= 16 and x.dtype != torch.float64 else 255
-    programs = 2 * (groups * chunks + lag) if span == 1 else (groups + 1) * chunks
-    spans = groups // span
-    parts, dweight, dbias = _parts(operands[-1], spans, N, wants_weight, wants_bias)
+    written = ROWS if constants["SLOPE"] is None else ROWS // 2
+    if x.element_size() > 2:
+        written //= 2
+    wide = align * x.element_size() < 16 or x.dtype == torch.float64
+    registers = 255 if wide else REGISTERS
+    resident = _resident(launch.processors(x.get_device()), registers, 8)
+    chunks = triton.cdiv(N, block)
+    rows = GROUP
+    while rows > 1 and triton.cdiv(M, rows) * chunks < resident:  # a short batch
+        rows //= 2
+    groups, deep = triton.cdiv(M, rows), max(1, resident // chunks)
+    lanes = min(groups, deep)  # programs that share a chunk of columns
+    parts, dweight, dbias = _parts(operands[-1], lanes, N, wants_weight, wants_bias)
     partial, means = ((mean_like(operands[-1], M, n)) for n in (chunks, 1))
-    backward_ticket_kernel[(programs,)](
+    backward_ticket_kernel[(lanes * chunks,)](
         dx, dweight, dbias, *views, *operands, partial, means, launch.counters(x, 2 + groups),
-        M, N // align, *(view.stride(1) // align for view in views), chunks, groups, span, lag,
-        programs,
-        COL_ALIGN=align, GROUP=GROUP, ROWS=2, BLOCK=block, PARTS=128, num_warps=8,
-        maxnreg=registers, **constants,
+        M, N // align, *(view.stride(1) // align for view in views), chunks, groups, rows, lanes,
+        resident * LEAD_QUARTERS // 4,
+        COL_ALIGN=align, ROWS_SUMMED=max(2, written), ROWS=written, BLOCK=block, PARTS=128,
+        num_warps=8, maxnreg=registers, **constants,
     )  # fmt: skip
-    return parts
+    return parts, deep
 
 
 def mean_like(mean: Tensor, M: int, parts: int) -> Tensor:

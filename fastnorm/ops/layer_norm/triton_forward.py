@@ -11,7 +11,6 @@ from fastnorm.ops.layer_norm.triton_tiles import (
     affine,
     inverse_root,
     leave_zero,
-    shifted_pointer,
     tile_pointers,
 )
 
@@ -19,7 +18,7 @@ from fastnorm.ops.layer_norm.triton_tiles import (
 # at most that 16 divides it, and a 16-byte access needs 4 (fp32) or 8 (16 bit). None of them is
 # specialised: no batch size recompiles.
 SIZES = ["S", "N", "tiles", "x_batch", "x_row", "x_col", "residual_batch", "residual_row"]
-LONG_SIZES = ["M", "N", "x_row", "residual_row", "chunks", "lag", "programs"]
+LONG_SIZES = ["M", "N", "x_row", "residual_row", "chunks", "blocks", "lag", "programs"]
 
 
 @triton.jit
@@ -33,22 +32,21 @@ def chunk_statistics(x_ptr, residual_ptr, sum_ptr, length, BLOCK: tl.constexpr, 
     seen = tl.full((), 0.0, WIDE)
     offset = tl.full((), 0, tl.int64)
     for _ in range(0, full):  # whole blocks without a mask, so that a ragged end costs them nothing
-        v = added(
-            tl.load(x_ptr + offset + lane), shifted_pointer(residual_ptr, offset + lane), None, WIDE
-        )
+        at = offset + lane
+        v = added(tl.load(x_ptr + at), residual_ptr, at, None, WIDE)
         if sum_ptr is not None:
-            tl.store(sum_ptr + offset + lane, v)
+            tl.store(sum_ptr + at, v)
         v = v.to(WIDE)
         seen += 1.0
         delta = v - mean
         mean += delta * (1.0 / seen)
         m2 += delta * (v - mean)
         offset += BLOCK
-    inside = offset + lane < length
-    v = tl.load(x_ptr + offset + lane, mask=inside, other=0.0)
-    v = added(v, shifted_pointer(residual_ptr, offset + lane), inside, WIDE)
+    at = offset + lane
+    inside = at < length
+    v = added(tl.load(x_ptr + at, mask=inside, other=0.0), residual_ptr, at, inside, WIDE)
     if sum_ptr is not None:
-        tl.store(sum_ptr + offset + lane, v, mask=inside)
+        tl.store(sum_ptr + at, v, mask=inside)
     delta = v.to(WIDE) - mean
     mean += tl.where(inside, delta / (seen + 1.0), 0.0)
     m2 += tl.where(inside, delta * (v.to(WIDE) - mean), 0.0)
@@ -79,8 +77,8 @@ def normalize_block(
         v = tl.load(x_ptr + at, eviction_policy="evict_first")
     else:
         v = tl.load(x_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first")
-    x_hat = (added(v, shifted_pointer(residual_ptr, at), inside, WIDE).to(WIDE) - mean) * rstd
-    z = affine(x_hat, shifted_pointer(weight_ptr, at), shifted_pointer(bias_ptr, at), inside, WIDE)
+    x_hat = (added(v, residual_ptr, at, inside, WIDE).to(WIDE) - mean) * rstd
+    z = affine(x_hat, weight_ptr, bias_ptr, at, inside, WIDE)
     tl.store(
         y_ptr + at, VALUE(z).to(y_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first"
     )
@@ -109,23 +107,21 @@ def normalize_chunk(
 
 
 @triton.jit
-def merge_chunks(
-    partial_ptr, chunks, N, CHUNK: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr
-):
+def merge_chunks(partial_ptr, chunks, chunk, N, PARTS: tl.constexpr, WIDE: tl.constexpr):
     """Chan's merge of the (mean, m2) of a row's chunks, always in the same order."""
     part = tl.arange(0, PARTS)
     pivot = tl.load(partial_ptr)
     total = tl.zeros((PARTS,), WIDE)
     for start in range(0, chunks, PARTS):
         k = start + part
-        count = tl.minimum(N - k.to(tl.int64) * CHUNK, CHUNK).to(WIDE)
+        count = tl.minimum(N - k.to(tl.int64) * chunk, chunk).to(WIDE)
         delta = tl.load(partial_ptr + k * 2, mask=k < chunks, other=0.0) - pivot
         total += tl.where(k < chunks, delta * count, 0.0)
     mean = pivot + tl.sum(total) / N.to(WIDE)
     m2 = tl.zeros((PARTS,), WIDE)
     for start in range(0, chunks, PARTS):
         k = start + part
-        count = tl.minimum(N - k.to(tl.int64) * CHUNK, CHUNK).to(WIDE)
+        count = tl.minimum(N - k.to(tl.int64) * chunk, chunk).to(WIDE)
         delta = tl.load(partial_ptr + k * 2, mask=k < chunks, other=0.0) - mean
         within = tl.load(partial_ptr + k * 2 + 1, mask=k < chunks, other=0.0)
         m2 += tl.where(k < chunks, within + count * delta * delta, 0.0)
@@ -196,7 +192,7 @@ def normalize_kernel(
             ROWS,
             False,
         )
-        v = added(v, residual_ptr, inside, WIDE)
+        v = added(v, residual_ptr, 0, inside, WIDE)
         if sum_ptr is not None:
             tl.store(
                 tile_pointers(
@@ -216,13 +212,7 @@ def normalize_kernel(
     tl.store(rstd_ptr + batch * S + first + row, rstd, mask=row_inside)
     col_inside = (col < N)[None, :]
     at = col[None, :]
-    z = affine(
-        centred * rstd[:, None],
-        shifted_pointer(weight_ptr, at),
-        shifted_pointer(bias_ptr, at),
-        col_inside,
-        WIDE,
-    )
+    z = affine(centred * rstd[:, None], weight_ptr, bias_ptr, at, col_inside, WIDE)
     y = VALUE(z).to(y_ptr.dtype.element_ty)
     tl.store(
         tile_pointers(y_ptr, batch, first, row, col, S.to(tl.int64) * N, N, 1, ROWS, False),
@@ -255,9 +245,9 @@ def normalize_long_kernel(
     row = tl.program_id(0).to(tl.int64)
     N = N * COL_ALIGN
     x_ptr += row * (x_row * COL_ALIGN)
-    residual_ptr = shifted_pointer(residual_ptr, row * (residual_row * COL_ALIGN))
+    residual_ptr = None if residual_ptr is None else residual_ptr + row * (residual_row * COL_ALIGN)
     mean, m2 = chunk_statistics(
-        x_ptr, residual_ptr, shifted_pointer(sum_ptr, row * N), N, BLOCK, WIDE
+        x_ptr, residual_ptr, None if sum_ptr is None else sum_ptr + row * N, N, BLOCK, WIDE
     )
     rstd = inverse_root(m2 / N.to(WIDE), eps, eps_low, WIDE)
     tl.store(mean_ptr + row, mean)
@@ -296,11 +286,11 @@ def normalize_ticket_kernel(
     x_row,
     residual_row,
     chunks,
+    blocks,  # of a chunk
     lag,
     programs,
     COL_ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
     VALUE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -317,21 +307,23 @@ def normalize_ticket_kernel(
     N = N * COL_ALIGN
     if (tile >= 0) & (tile < M * chunks):
         row = (tile // chunks).to(tl.int64)
-        begin = (tile % chunks).to(tl.int64) * CHUNK
-        length = tl.minimum(N - begin, CHUNK)
+        chunk = blocks * BLOCK
+        begin = (tile % chunks).to(tl.int64) * chunk
+        length = tl.minimum(N - begin, chunk)
         x_ptr += row * (x_row * COL_ALIGN) + begin
-        residual_ptr = shifted_pointer(residual_ptr, row * (residual_row * COL_ALIGN) + begin)
+        residual_at = row * (residual_row * COL_ALIGN) + begin
+        # a name of its own: Triton 3.6 cannot make a parameter that is None another in a branch
+        residual_row_ptr = None if residual_ptr is None else residual_ptr + residual_at
         arrivals_ptr = counters_ptr + 2 + row
         if statistics:
-            mean, m2 = chunk_statistics(
-                x_ptr, residual_ptr, shifted_pointer(sum_ptr, row * N + begin), length, BLOCK, WIDE
-            )
+            sum_row_ptr = None if sum_ptr is None else sum_ptr + row * N + begin
+            mean, m2 = chunk_statistics(x_ptr, residual_row_ptr, sum_row_ptr, length, BLOCK, WIDE)
             tl.store(partial_ptr + tile.to(tl.int64) * 2, mean)
             tl.store(partial_ptr + tile.to(tl.int64) * 2 + 1, m2)
             tl.debug_barrier()
             if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == chunks - 1:
                 mean, m2 = merge_chunks(
-                    partial_ptr + row * chunks * 2, chunks, N, CHUNK, PARTS, WIDE
+                    partial_ptr + row * chunks * 2, chunks, chunk, N, PARTS, WIDE
                 )
                 tl.store(mean_ptr + row, mean)
                 tl.store(rstd_ptr + row, inverse_root(m2 / N.to(WIDE), eps, eps_low, WIDE))
@@ -343,8 +335,9 @@ def normalize_ticket_kernel(
             mean = tl.load(mean_ptr + row)
             rstd = tl.load(rstd_ptr + row)
             normalize_chunk(
-                y_ptr + row * N + begin, x_ptr, residual_ptr,
-                shifted_pointer(weight_ptr, begin), shifted_pointer(bias_ptr, begin),
+                y_ptr + row * N + begin, x_ptr, residual_row_ptr,
+                None if weight_ptr is None else weight_ptr + begin,
+                None if bias_ptr is None else bias_ptr + begin,
                 mean, rstd, length, BLOCK, VALUE, WIDE,
             )  # fmt: skip
     leave_zero(counters_ptr, M + 2, programs, 256)

@@ -43,13 +43,18 @@ def read(ptr, inside):
 
 
 @triton.jit
-def added(x, residual_ptr, inside, WIDE: tl.constexpr):
-    """x + residual as the sum is returned: rounded to the dtype of x. residual_ptr holds one
-    pointer per element."""
+def added(x, residual_ptr, at, inside, WIDE: tl.constexpr):
+    """x + residual as the sum is returned: rounded to the dtype of x."""
     if residual_ptr is None:
         return x
     else:
-        return (x.to(WIDE) + read(residual_ptr, inside).to(WIDE)).to(x.dtype)
+        return (x.to(WIDE) + read(residual_ptr + at, inside).to(WIDE)).to(x.dtype)
+
+
+@triton.jit
+def two_sums(a, b):
+    """The sums along the rows of two tiles in one reduction, whose barriers they share."""
+    return tl.split(tl.sum(tl.join(a, b), axis=1))
 
 
 @triton.jit
@@ -64,23 +69,14 @@ def inverse_root(variance, eps, eps_low, WIDE: tl.constexpr):
 
 
 @triton.jit
-def affine(x_hat, weight_ptr, bias_ptr, inside, WIDE: tl.constexpr):
-    """x_hat * weight + bias; the pointers hold one address per column, or are None."""
+def affine(x_hat, weight_ptr, bias_ptr, at, inside, WIDE: tl.constexpr):
+    """x_hat * weight + bias of the columns `at`; None stands for 1 and 0."""
     z = x_hat
     if weight_ptr is not None:
-        z = z * read(weight_ptr, inside).to(WIDE)
+        z = z * read(weight_ptr + at, inside).to(WIDE)
     if bias_ptr is not None:
-        z = z + read(bias_ptr, inside).to(WIDE)
+        z = z + read(bias_ptr + at, inside).to(WIDE)
     return z
-
-
-@triton.jit
-def shifted_pointer(ptr, offset):
-    """ptr + offset; None stays None."""
-    if ptr is None:
-        return None
-    else:
-        return ptr + offset
 
 
 @triton.jit
