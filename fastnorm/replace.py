@@ -55,7 +55,7 @@ def _selected(targets: Any) -> dict[type[nn.Module], type[nn.Module]]:
     by_name: dict[str, list[type[nn.Module]]] = {}  # timm has a LayerNorm too
     for cls in accepted:
         by_name.setdefault(cls.__name__.lstrip("_"), []).append(cls)
-    chosen = {}
+    chosen: dict[type[nn.Module], type[nn.Module]] = {}
     for target in (
         [targets]
         if isinstance(targets, (str, type)) or not isinstance(targets, Iterable)
@@ -105,14 +105,13 @@ def replace_(
     Args:
         model: any module; a layer itself is replaced too.
         targets: classes or their names among BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm,
-            GELU, SiLU,
-            SELU and WeightNorm (the parametrization behind
+            GELU, SiLU, SELU and WeightNorm (the parametrization behind
             torch.nn.utils.parametrizations.weight_norm); where those packages are imported, also
-            timm's BatchNormAct2d, LayerNorm, LayerNorm2d and LayerNormAct, torchvision's
-            LayerNorm2d, and transformers' GELUActivation, GELUTanh, NewGELUActivation,
-            QuickGELUActivation, SiLUActivation and the layer norms of its ConvNeXts and SAMs
-            (ConvNextLayerNorm, SamLayerNorm); all of them by default. A name stands for every class
-            of this name.
+            timm's BatchNormAct2d, LayerNorm, LayerNorm2d, LayerNormAct, GELU, GELUTanh and
+            QuickGELU, torchvision's LayerNorm2d, and transformers' GELUActivation, GELUTanh,
+            NewGELUActivation, QuickGELUActivation, SiLUActivation and the layer norms of its
+            ConvNeXts and SAMs (ConvNextLayerNorm, SamLayerNorm); all of them by default. A name
+            stands for every class of this name.
         filter_fn: called as ``filter_fn(module, name)``; only modules it returns true for are
             replaced.
         dry_run: report what would be replaced, change nothing.

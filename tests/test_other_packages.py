@@ -28,8 +28,12 @@ PLANES, ROWS = (3, 4, 6, 2), (3, 2, 8)
 
 # torch.jit.script refuses them as they come: a functools.partial, a call of super().forward
 NO_SCRIPT = (
-    "GELUTanh",
-    *(name for name, form in permuted._FORMS.values() if form is permuted._EitherFormat),
+    "transformers.GELUTanh",
+    *(
+        f"permuted.{name}"
+        for name, form in permuted._FORMS.values()
+        if form is permuted._EitherFormat
+    ),
 )
 
 
@@ -45,7 +49,7 @@ def both_ways(layer: nn.Module, shape: tuple[int, ...], is_now: str) -> None:
         x = (torch.randn(shape, dtype=torch.float64) * 2 + 1).requires_grad_()
         layer.train(training), twin.train(training)
         assert_same(step(layer, layer, x), step(twin, twin, x))
-    if was.__name__ not in NO_SCRIPT:
+    if is_now not in NO_SCRIPT:
         scripted = torch.jit.script(layer)
         torch.testing.assert_close(scripted(x), twin(x), rtol=1e-9, atol=1e-11)
     fastnorm.restore_(layer)
@@ -112,6 +116,19 @@ def test_timms_batch_norm_with_activation(timm: Any, act: type[nn.Module], backe
 @pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.GELU])
 def test_timms_layer_norm_with_activation(timm: Any, act: type[nn.Module], backend: str) -> None:
     both_ways(timm.LayerNormAct(8, act_layer=act), ROWS, "timm.LayerNormAct")
+
+
+@everywhere
+@pytest.mark.parametrize("name", ["GELU", "GELUTanh", "QuickGELU"])
+def test_timms_activations(timm: Any, name: str, backend: str) -> None:
+    make = getattr(sys.modules["timm.layers.activations"], name)
+    both_ways(make(), ROWS, f"timm.{name}")
+    # and it is folded as well as before
+    for replaced in (False, True):
+        model = nn.Sequential(nn.BatchNorm2d(4), make())
+        if replaced:
+            assert fastnorm.replace_(model).changed == 2
+        assert fastnorm.fuse_(model).changed == 2
 
 
 @everywhere

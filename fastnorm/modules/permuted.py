@@ -3,7 +3,6 @@ kernels."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 from typing import Any
@@ -71,18 +70,21 @@ _FORMS: dict[str, tuple[str, type[nn.Module]]] = {
 }
 
 
-@functools.cache
-def _ours(theirs: type[nn.Module], form: type[nn.Module]) -> Any:
+_made: dict[Any, Any] = {}
+
+
+def _ours(theirs: Any, form: Any) -> Any:
     """A subclass of a package's class with our forward, where pickle finds it."""
-    name = theirs.__name__
-    ours = type(name, (form, theirs), {"theirs": theirs, "__module__": __name__})
-    globals()[name] = ours
-    return ours
+    if theirs not in _made:
+        name = theirs.__name__
+        ours = type(name, (form, theirs), {"theirs": theirs, "__module__": __name__})
+        _made[theirs] = globals()[name] = ours
+    return _made[theirs]
 
 
 def replacements() -> dict[type[nn.Module], type[nn.Module]]:
     """A package's class -> ours, for those whose module is imported."""
-    found = {}
+    found: dict[type[nn.Module], type[nn.Module]] = {}
     for module, (name, form) in _FORMS.items():
         theirs = getattr(sys.modules.get(module), name, None)
         if isinstance(theirs, type) and issubclass(theirs, nn.LayerNorm):

@@ -8,6 +8,7 @@ from typing import Any
 from timm.layers import activations, norm, norm_act
 from torch import Tensor, nn
 
+from fastnorm.modules.activation import NamedActivation
 from fastnorm.modules.batch_norm import fused
 from fastnorm.modules.permuted import over_channels, over_rows
 from fastnorm.modules.programs import Proxy, leaf, twin_of
@@ -87,16 +88,33 @@ class LayerNorm2d(norm.LayerNorm2d):  # type: ignore[misc]
         return twin_of(self, norm.LayerNorm2d)
 
 
+class GELU(NamedActivation, activations.GELU):  # type: ignore[misc]
+    """timm's."""
+
+    name, theirs = "gelu", activations.GELU
+
+
+class GELUTanh(NamedActivation, activations.GELUTanh):  # type: ignore[misc]
+    """timm's."""
+
+    name, theirs = "gelu_tanh", activations.GELUTanh
+
+
+class QuickGELU(NamedActivation, activations.QuickGELU):  # type: ignore[misc]
+    """timm's."""
+
+    name, theirs = "gelu_sigmoid", activations.QuickGELU
+
+
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     norm.LayerNorm: LayerNorm,
     norm.LayerNorm2d: LayerNorm2d,
     norm_act.BatchNormAct2d: BatchNormAct2d,
     norm_act.LayerNormAct: LayerNormAct,
+    **{ours.theirs: ours for ours in (GELU, GELUTanh, QuickGELU)},
 }
 ACTIVATIONS: dict[type[nn.Module], str] = {
-    activations.GELU: "gelu",
-    activations.GELUTanh: "gelu_tanh",
-    activations.QuickGELU: "gelu_sigmoid",
+    **{cls: ours.name for ours in (GELU, GELUTanh, QuickGELU) for cls in (ours, ours.theirs)},
     activations.Swish: "silu",
     activations.Mish: "mish",
     activations.Sigmoid: "sigmoid",
