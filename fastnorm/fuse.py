@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import nn
 
@@ -63,6 +63,7 @@ class _Plan:
         self.rows: list[Row] = []
         self.notes: list[Note] = []
         self.edits: Edits = []
+        self.folds = 0
         self.parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
         self.names = {module: name for name, module in model.named_modules()}
         self.traces: dict[nn.Module, Trace] = {}
@@ -123,6 +124,7 @@ class _Plan:
         return self.traces[owner]
 
     def _fold(self, norm: nn.Module, name: str, residual: bool) -> None:
+        self.folds += 1
         cls, value = _NORMS[type(norm)], _attribute(norm, name)
         attributes = {} if value is None else {"activation": value}
         folded = ", ".join((*attributes.values(), *(["residual"] if residual else [])))
@@ -134,6 +136,8 @@ class _Plan:
         """A norm in a Sequential and the entry after it."""
         keys = list(parent._modules)
         position = keys.index(key) + 1
+        before = parent._modules[keys[position - 2]] if position > 1 else None
+        self.notes += losses.of_neighbour(before, norm, self.names[norm])
         following = parent._modules[keys[position]] if position < len(keys) else None
         if following is None:
             return self._skip(norm, "nothing follows it in its Sequential")
@@ -202,6 +206,9 @@ class _Plan:
                 self._skip(norm, fold)
                 continue
             self._fold(norm, fold.activation, fold.residual is not None)
+            if fold.add is not None and isinstance(norm, nn.LayerNorm):
+                terms = fold.add.args[0], fold.add.args[1]
+                self.notes += losses.of_sum(terms, norm, owner, self.names[norm])
             # what the new forward relies on: a norm that was converted, or another activation put
             # where the folded one was, has to be an error
             path = *str(fold.norm.target).split("."), "activation"
@@ -209,12 +216,18 @@ class _Plan:
             last = str(fold.last.target)
             if fold.last in modules and fold.last is not fold.norm and "." not in last:
                 guards.append(((last,), modules[fold.last]))
+            guards += [((*str(node.target).split("."),), modules[node]) for node in fold.idle]
             rewrite(fold, owner)
         if guards:
             forward = FusedForward(owner, *code_of(graph), (*self._trace(owner).guards, *guards))
             self.rows.append(Row(self.names[owner], f"{kind}.forward", "fused forward"))
             edit = functools.partial(owner.__dict__.__setitem__, "forward", forward)
             self.edits.append((owner, edit))
+
+
+def foldable(model: nn.Module, norms: Collection[nn.Module]) -> int:
+    """How many of these norms of a model fuse_ would fold something into."""
+    return _Plan(model, lambda norm, name: norm in norms).folds
 
 
 def fuse_(model: nn.Module, filter_fn: Filter | None = None, dry_run: bool = False) -> Report:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from fastnorm.fuse import foldable
 from fastnorm.modules import activation as activations
 from fastnorm.modules import batch_norm, layer_norm, sync_batch_norm, weight_norm
 from fastnorm.modules.weight_norm_group import group_of, ungroup
@@ -51,20 +52,22 @@ def _selected(targets: Any) -> dict[type[nn.Module], type[nn.Module]]:
     accepted = replacements()
     if targets is None:
         return accepted
-    by_name = {cls.__name__.lstrip("_"): cls for cls in accepted}
-    chosen = {}
+    by_name: dict[str, list[type[nn.Module]]] = {}  # timm has a LayerNorm too
+    for cls in accepted:
+        by_name.setdefault(cls.__name__.lstrip("_"), []).append(cls)
+    chosen: dict[type[nn.Module], type[nn.Module]] = {}
     for target in (
         [targets]
         if isinstance(targets, (str, type)) or not isinstance(targets, Iterable)
         else targets
     ):
-        cls = by_name.get(target.lstrip("_")) if isinstance(target, str) else target
-        if not isinstance(cls, type) or cls not in accepted:
+        named = by_name.get(target.lstrip("_"), []) if isinstance(target, str) else [target]
+        if not named or any(not isinstance(cls, type) or cls not in accepted for cls in named):
             raise ValueError(
                 f"cannot replace {target!r}: targets are classes of torch.nn or their names, "
                 f"any of {', '.join(by_name)}"
             )
-        chosen[cls] = accepted[cls]
+        chosen.update((cls, accepted[cls]) for cls in named)
     return chosen
 
 
@@ -102,11 +105,13 @@ def replace_(
     Args:
         model: any module; a layer itself is replaced too.
         targets: classes or their names among BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm,
-            GELU, SiLU,
-            SELU and WeightNorm (the parametrization behind
+            GELU, SiLU, SELU and WeightNorm (the parametrization behind
             torch.nn.utils.parametrizations.weight_norm); where those packages are imported, also
-            timm's BatchNormAct2d and LayerNormAct and transformers' GELUActivation, GELUTanh,
-            NewGELUActivation, QuickGELUActivation and SiLUActivation; all of them by default.
+            timm's BatchNormAct2d, LayerNorm, LayerNorm2d, LayerNormAct, GELU, GELUTanh and
+            QuickGELU, torchvision's LayerNorm2d, and transformers' GELUActivation, GELUTanh,
+            NewGELUActivation, QuickGELUActivation, SiLUActivation and the layer norms of its
+            ConvNeXts and SAMs (ConvNextLayerNorm, SamLayerNorm); all of them by default. A name
+            stands for every class of this name.
         filter_fn: called as ``filter_fn(module, name)``; only modules it returns true for are
             replaced.
         dry_run: report what would be replaced, change nothing.
@@ -114,7 +119,8 @@ def replace_(
     Returns:
         A report with one row per module replaced or left alone, and notes on what is lost all the
         same: an activation called as a function, torch's SyncBatchNorm, weight norm by a hook, a
-        batch norm in evaluation mode.
+        batch norm in evaluation mode, a GPU without a kernel of ours; and on what :func:`fuse_`
+        would fold, for which it traces the forwards around the norms as fuse_ does.
 
     Raises:
         TypeError: ``model`` is not a module, or is a TorchScript module.
@@ -148,9 +154,12 @@ def replace_(
             notes += losses.of_layer(module, name)
             if was is parametrizations._WeightNorm:
                 weights.append(name)
+    changed = {module for module, _ in edits}
     notes += losses.one_by_one(weights)
     if filter_fn is None:
-        notes += losses.of_model(model, chosen)
+        notes += losses.of_model(model, chosen, changed)
+    if changed:
+        notes += [*losses.unfused(foldable(model, changed)), *losses.of_machine(changed)]
     if not dry_run:
         apply(edits)
     return Report(rows, dry_run, notes)

@@ -67,6 +67,82 @@ def test_what_was_put_in_the_place_of_a_folded_part_is_noticed():
         model(planes())
 
 
+class Idle(Residual):
+    """Layers that do nothing between the norms, the addition and the activations, as timm has
+    drop layers."""
+
+    def __init__(self, between=nn.Identity, layers=nn.BatchNorm2d):
+        super().__init__(in_place)
+        self.drop1, self.drop2, self.drop3 = between(), between(), nn.Identity()
+        self.bn1, self.bn2 = layers(C), layers(C)
+
+    def forward(self, x):
+        y = self.relu(self.drop3(self.drop1(self.bn1(x))))
+        y = self.drop2(self.bn2(y))
+        return self.relu(self.drop3(y + x))
+
+
+def test_identities_are_stepped_over():
+    model = Idle()
+    assert [row.now for row in fused_and_same(model, planes())] == [
+        "fused forward",
+        "fastnorm.BatchNormAct2d(relu)",
+        "fastnorm.BatchNormAct2d(relu, residual)",
+    ]
+    fuse_(model)
+    assert not [name for name in ("drop", "relu") if name in model.forward.source]
+
+
+def test_a_layer_put_in_the_place_of_an_identity_is_noticed():
+    model = Idle()
+    fuse_(model)
+    model.drop2 = nn.Dropout()
+    with pytest.raises(RuntimeError, match=r"drop2 was Identity\(\) when fuse_ traced Idle"):
+        model(planes())
+    restore_(model)
+    model(planes())
+
+
+def test_identities_that_do_something_are_not_stepped_over():
+    class Doubles(nn.Identity):
+        def forward(self, x):
+            return 2 * x
+
+    report = fuse_(Idle(Doubles))
+    assert reasons(report) == {"bn1": "followed by Doubles", "bn2": "followed by Doubles"}
+    model = Idle()
+    model.drop1.register_forward_hook(lambda *arguments: None)
+    model.drop2.forward = lambda x: 2 * x
+    before = snapshot(model)
+    report = fuse_(model)
+    assert reasons(report) == {"bn1": "followed by Identity", "bn2": "followed by Identity"}
+    assert_untouched(model, before)
+
+
+def test_an_identity_whose_output_has_two_users_ends_the_search():
+    class Two(Users):
+        def __init__(self):
+            super().__init__()
+            self.idle = nn.Identity()
+
+        def forward(self, x):
+            y = self.idle(self.norm(x))
+            return self.act(y) + y
+
+    assert reasons(fuse_(Two())) == {"norm": "its output has 2 users"}
+
+
+def test_identities_after_a_layer_norm_are_stepped_over():
+    model = Idle(layers=lambda channels: nn.LayerNorm(4))
+    report = fused_and_same(model, planes())
+    # the second is followed by an addition, which layer norm takes before it alone
+    assert [(row.name, row.now) for row in report if not row.why_skipped] == [
+        ("", "fused forward"),
+        ("bn1", "fastnorm.LayerNorm(relu)"),
+    ]
+    assert reasons(report) == {"bn2": "followed by add"}
+
+
 def test_argument_names_survive():
     class Named(Users):
         def forward(self, input: torch.Tensor, other: "torch.Tensor") -> "torch.Tensor":

@@ -285,6 +285,47 @@ def test_a_layer_norm_over_a_permuted_view_is_noted(permute, name):
         assert str(report).splitlines()[-1].startswith("note: 0.norm: its input is a view")
 
 
+class Permute(nn.Module):
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1)
+
+
+def test_a_layer_norm_after_a_layer_that_permutes_is_noted():
+    model = nn.Sequential(Permute(), nn.LayerNorm(C), nn.LayerNorm(C), nn.Linear(C, C))
+    report = fuse_(model)
+    (note,) = report.notes
+    assert note.name == "1"
+    assert note.text.startswith("its input is a view by Permute, read across its")
+
+
+class SelfOutput(nn.Module):
+    """As in BERT: the norm of a sum with what a linear layer gives."""
+
+    def __init__(self, forward=lambda self, x, y: self.norm(self.drop(self.linear(x)) + y)):
+        super().__init__()
+        self.linear, self.drop, self.norm = nn.Linear(C, C), nn.Dropout(), nn.LayerNorm(C)
+        self.add = forward
+
+    def forward(self, x, y):
+        return self.add(self, x, y)
+
+
+def test_a_sum_of_two_dtypes_under_autocast_is_noted():
+    report = fuse_(nn.Sequential(SelfOutput()))
+    (note,) = report.notes
+    assert note.name == "0.norm"
+    assert note.text.startswith("under autocast one term of its sum is half")
+    other_way = SelfOutput(lambda self, x, y: self.norm(y + self.linear(x)))
+    assert len(fuse_(other_way).notes) == 1
+    assert fuse_(SelfOutput().bfloat16()).notes == []
+    both_half = SelfOutput(lambda self, x, y: self.norm(self.linear(x) + self.linear(y)))
+    unknown = SelfOutput(lambda self, x, y: self.norm(x + y))
+    for model in (both_half, unknown):
+        report = fuse_(model)
+        assert report.changed == 2, report
+        assert report.notes == []
+
+
 def test_a_batch_norm_that_is_fused_in_evaluation_is_noted():
     model = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU(), nn.BatchNorm2d(C))
     (note,) = fuse_(model.eval(), dry_run=True).notes

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import importlib
 import importlib.util
+import pickle
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -16,11 +18,23 @@ import torch
 from torch import Tensor, nn
 
 import fastnorm
+from fastnorm.modules import permuted
 from tests.layers import assert_same, everywhere, step, torch_warns
 
 pytestmark = torch_warns
 
 PLANES, ROWS = (3, 4, 6, 2), (3, 2, 8)
+
+
+# torch.jit.script refuses them as they come: a functools.partial, a call of super().forward
+NO_SCRIPT = (
+    "transformers.GELUTanh",
+    *(
+        f"permuted.{name}"
+        for name, form in permuted._FORMS.values()
+        if form is permuted._EitherFormat
+    ),
+)
 
 
 def both_ways(layer: nn.Module, shape: tuple[int, ...], is_now: str) -> None:
@@ -35,7 +49,7 @@ def both_ways(layer: nn.Module, shape: tuple[int, ...], is_now: str) -> None:
         x = (torch.randn(shape, dtype=torch.float64) * 2 + 1).requires_grad_()
         layer.train(training), twin.train(training)
         assert_same(step(layer, layer, x), step(twin, twin, x))
-    if was.__name__ != "GELUTanh":  # a functools.partial, which TorchScript cannot take
+    if is_now not in NO_SCRIPT:
         scripted = torch.jit.script(layer)
         torch.testing.assert_close(scripted(x), twin(x), rtol=1e-9, atol=1e-11)
     fastnorm.restore_(layer)
@@ -102,6 +116,122 @@ def test_timms_batch_norm_with_activation(timm: Any, act: type[nn.Module], backe
 @pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.GELU])
 def test_timms_layer_norm_with_activation(timm: Any, act: type[nn.Module], backend: str) -> None:
     both_ways(timm.LayerNormAct(8, act_layer=act), ROWS, "timm.LayerNormAct")
+
+
+@everywhere
+@pytest.mark.parametrize("name", ["GELU", "GELUTanh", "QuickGELU"])
+def test_timms_activations(timm: Any, name: str, backend: str) -> None:
+    make = getattr(sys.modules["timm.layers.activations"], name)
+    both_ways(make(), ROWS, f"timm.{name}")
+    # and it is folded as well as before
+    for replaced in (False, True):
+        model = nn.Sequential(nn.BatchNorm2d(4), make())
+        if replaced:
+            assert fastnorm.replace_(model).changed == 2
+        assert fastnorm.fuse_(model).changed == 2
+
+
+@everywhere
+def test_timms_layer_norms(timm: Any, backend: str) -> None:
+    norms = sys.modules["timm.layers.norm"]
+    both_ways(norms.LayerNorm(8), ROWS, "timm.LayerNorm")
+    both_ways(norms.LayerNorm(8, affine=False), ROWS, "timm.LayerNorm")
+    both_ways(norms.LayerNorm2d(4), PLANES, "timm.LayerNorm2d")
+
+
+def test_timms_layer_norms_are_one_kernel_but_for_its_fast_norm(timm: Any) -> None:
+    norms = sys.modules["timm.layers.norm"]
+    for layer, x in ((norms.LayerNorm(8), ROWS), (norms.LayerNorm2d(4), PLANES)):
+        twin = copy.deepcopy(layer)
+        fastnorm.replace_(layer)
+        with fastnorm.backend("reference"):
+            assert "LayerNormFunction" in names_of_graph(layer(torch.randn(x)))
+            layer._fast_norm = twin._fast_norm = True
+            assert "LayerNormFunction" not in names_of_graph(layer(torch.randn(x)))
+            with torch.autocast("cpu", torch.bfloat16):
+                given = torch.randn(x)
+                assert layer(given).dtype is twin(given).dtype is torch.bfloat16
+
+
+def names_of_graph(y: Tensor) -> str:
+    """The backward nodes from a tensor on, as far as the first input of each."""
+    names, node = [], y.grad_fn
+    while node is not None:
+        names.append(type(node).__name__)
+        node = node.next_functions[0][0] if node.next_functions else None
+    return " ".join(names)
+
+
+def test_a_target_of_a_name_that_two_packages_have(timm: Any) -> None:
+    theirs = sys.modules["timm.layers.norm"].LayerNorm
+    make = lambda: nn.Sequential(nn.LayerNorm(8), theirs(8))  # noqa: E731
+    model = make()
+    assert fastnorm.replace_(model, targets="LayerNorm").changed == 2
+    assert not {type(layer) for layer in model} & {nn.LayerNorm, theirs}
+    model = make()
+    assert [row.name for row in fastnorm.replace_(model, targets=[theirs])] == ["1"]
+    report = fastnorm.replace_(make(), targets=[nn.LayerNorm])
+    assert [bool(row.why_skipped) for row in report] == [False, True]
+
+
+MODELING = "transformers.models.convnext.modeling_convnext"
+
+
+@everywhere
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_layer_norms_of_images(layout: torch.memory_format, backend: str) -> None:
+    make = image_norm(MODELING, "ConvNextLayerNorm")
+    both_ways(make(8), ROWS, "permuted.ConvNextLayerNorm")
+    layer = make(4, data_format="channels_first")
+    both_ways(layer, PLANES, "permuted.ConvNextLayerNorm")
+    x = torch.randn(PLANES, dtype=torch.float64).to(memory_format=layout)
+    expected = layer(x)
+    fastnorm.replace_(layer)
+    assert layer(x).stride() == expected.stride()
+
+
+def image_norm(module: str, name: str) -> Any:
+    make = getattr(pytest.importorskip(module, exc_type=ImportError), name)
+    if not issubclass(make, nn.LayerNorm):
+        pytest.skip("this version has a layer norm of its own")
+    return make
+
+
+@pytest.mark.parametrize("module", permuted._FORMS)
+def test_every_layer_norm_of_images_that_is_known(module: str) -> None:
+    name, form = permuted._FORMS[module]
+    make = image_norm(module, name)
+    options = {} if form is permuted._Images else {"data_format": "channels_first"}
+    both_ways(make(4, **options), PLANES, f"permuted.{name}")
+
+
+def test_a_layer_norm_of_images_is_pickled_into_a_process_without_its_package() -> None:
+    layer = image_norm(MODELING, "ConvNextLayerNorm")(4, data_format="channels_first")
+    fastnorm.replace_(layer)
+    check = (
+        "import pickle, sys, torch; layer = pickle.loads(sys.stdin.buffer.read()); "
+        "print(type(layer).__module__, layer(torch.zeros(1, 4, 2, 2)).shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check], input=pickle.dumps(layer), capture_output=True, check=True
+    )
+    assert done.stdout.decode().split() == ["fastnorm.modules.permuted", *SHAPE.split()]
+
+
+SHAPE = str(torch.Size((1, 4, 2, 2)))
+
+
+def test_layers_that_become_ours_are_in_no_note(timm: Any) -> None:
+    model = nn.Sequential(
+        timm.BatchNormAct2d(4),
+        sys.modules["timm.layers.norm"].LayerNorm2d(4),
+        pytest.importorskip("transformers.activations").GELUActivation(),
+    )
+    for _ in range(2):
+        assert fastnorm.replace_(model).notes == []
+    fastnorm.restore_(model)
+    notes = fastnorm.replace_(model, targets=[nn.BatchNorm2d, nn.GELU]).notes
+    assert [note.name for note in notes] == ["0", "2"]
 
 
 def test_timms_activation_is_folded_into_the_pass(timm: Any) -> None:

@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
+from fastnorm.fuse import fuse_
 from fastnorm.modules import activation, batch_norm, layer_norm, weight_norm
 from fastnorm.replace import replace_, replacements, restore_
+from fastnorm.surgery import losses
 from tests.twins import assert_untouched, snapshot
 
 # one layer per default target, with an input
@@ -364,3 +366,34 @@ def test_weight_norms_that_could_be_computed_together_are_noted():
         "1.parametrizations.weight.0",
     ]
     assert "fastnorm.weight_norm_(model)" in report.notes[0].text
+
+
+def test_what_fuse_would_fold_is_counted():
+    model = nn.Sequential(
+        nn.BatchNorm2d(6), nn.ReLU(), nn.LayerNorm(4), nn.BatchNorm2d(6), nn.GELU()
+    )
+    (note,) = replace_(model, dry_run=True).notes
+    assert note.text.startswith(
+        "2 norms stand next to an activation or an addition: fastnorm.fuse_"
+    )
+    assert replace_(model, targets=[nn.GELU, nn.LayerNorm]).notes == []
+    (note,) = replace_(model, filter_fn=lambda module, name: name == "0").notes
+    assert note.text.startswith("1 norm stands next to")
+    assert [row.name for row in fuse_(model, dry_run=True) if not row.why_skipped] == [
+        *("0", "1", "3", "4")
+    ]
+    assert replace_(nn.Sequential(nn.BatchNorm2d(6), nn.Flatten())).notes == []
+
+
+def test_a_gpu_without_a_kernel_of_ours_is_noted(monkeypatch):
+    make = lambda: nn.Sequential(nn.LayerNorm(4))  # noqa: E731
+    missing = {"reference": None, "triton": "no triton", "cuda": "no extension"}
+    monkeypatch.setattr(losses, "backends", lambda: missing)
+    assert replace_(make()).notes == []  # CUDA is not in use
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    (note,) = replace_(make()).notes
+    assert note.text.startswith("no kernel of ours can run on this machine's GPU")
+    assert note.text.endswith("no extension; no triton")
+    assert replace_(nn.Sequential(nn.Linear(2, 2))).notes == []  # nothing of it becomes ours
+    missing["triton"] = None
+    assert replace_(make()).notes == []

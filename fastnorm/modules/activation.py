@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnorm.modules.programs import Proxy, Scriptable, leaf
-from fastnorm.ops.activation import gelu, selu, silu, swish
+from fastnorm.modules.programs import Proxy, Scriptable, leaf, twin_of
+from fastnorm.ops.activation import activation, gelu, selu, silu, swish
 
 
 class GELU(Scriptable, torch.nn.GELU):
@@ -126,3 +126,18 @@ class Swish(Scriptable, torch.nn.Module):
     def extra_repr(self) -> str:
         learnable = isinstance(self.beta, torch.nn.Parameter)
         return f"beta={self.init}, num_parameters={self.num_parameters}, learnable={learnable}"
+
+
+class NamedActivation(torch.nn.Module):
+    """The forward of another package's activation, in front of its class: one of ours by name."""
+
+    name: str
+    theirs: type[torch.nn.Module]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)
+        return activation(input, self.name)
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        return twin_of(self, self.theirs)

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import activations
 
-from fastnorm.modules.programs import Proxy, leaf, twin_of
-from fastnorm.ops.activation import activation
+from fastnorm.modules.activation import NamedActivation
 
 _NAMES = {
     "GELUActivation": "gelu",
@@ -20,19 +19,6 @@ _NAMES = {
 }
 
 
-class _Activation(nn.Module):
-    name: str
-    theirs: type[nn.Module]
-
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return leaf(self, input)
-        return activation(input, self.name)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return twin_of(self, self.theirs)
-
-
 def _classes() -> dict[type[nn.Module], Any]:
     """transformers' class -> a subclass of it with our forward, for those that this version has."""
     found = {}
@@ -40,7 +26,9 @@ def _classes() -> dict[type[nn.Module], Any]:
         theirs = getattr(activations, cls, None)
         if theirs is not None:
             ours = type(
-                cls, (_Activation, theirs), {"name": name, "theirs": theirs, "__module__": __name__}
+                cls,
+                (NamedActivation, theirs),
+                {"name": name, "theirs": theirs, "__module__": __name__},
             )
             found[theirs] = globals()[cls] = ours
     return found

@@ -78,6 +78,11 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def idle(module: nn.Module) -> bool:
+    """Whether a layer gives back its input and nobody can see that it does."""
+    return type(module) is nn.Identity and not hooked(module) and "forward" not in module.__dict__
+
+
 def activation_of(module: nn.Module) -> tuple[str, str]:
     """(name, "") of the activation a module is, ("", why it cannot be folded) if it is none."""
     find = _MODULES.get(type(module), others.activation_name)
@@ -134,6 +139,7 @@ class Fold(NamedTuple):
     residual: fx.Node | None
     add: fx.Node | None
     last: fx.Node  # whose value the fused norm's output is
+    idle: tuple[fx.Node, ...] = ()  # the Identity layers between these
 
 
 _ADDS = (operator.add, operator.iadd, torch.add)
@@ -210,20 +216,32 @@ def _disturbed(first: fx.Node, last: fx.Node, root: nn.Module) -> bool:
     return False
 
 
-def _following(node: fx.Node, root: nn.Module) -> tuple[str, str, fx.Node]:
-    """The activation that a node's only user is: its name, else why there is none, and the user."""
-    if len(node.users) != 1:
-        return (
-            "",
-            f"its output has {len(node.users)} users" if node.users else "its output is not used",
-            node,
-        )
-    user = next(iter(node.users))
+def _past_idle(node: fx.Node, root: nn.Module) -> tuple[fx.Node, ...]:
+    """The node, and the Identity layers after it for as long as each is the only user."""
+    chain = [node]
+    while len(chain[-1].users) == 1:
+        user = next(iter(chain[-1].users))
+        if user.op != "call_module" or user.args != (chain[-1],) or user.kwargs:
+            break
+        if not idle(root.get_submodule(str(user.target))):
+            break
+        chain.append(user)
+    return tuple(chain)
+
+
+def _following(node: fx.Node, root: nn.Module) -> tuple[str, str, tuple[fx.Node, ...]]:
+    """The activation that a node's only user is, past Identity layers: its name, else why there is
+    none, and the nodes up to the user."""
+    chain = _past_idle(node, root)
+    users = chain[-1].users
+    if len(users) != 1:
+        return "", f"its output has {len(users)} users" if users else "its output is not used", ()
+    user = next(iter(users))
     if user.op == "output":
-        return "", "nothing follows it in its forward", node
+        return "", "nothing follows it in its forward", ()
     if user.op == "call_module":
-        return *activation_of(root.get_submodule(str(user.target))), user
-    return *_of_call(user), user
+        return *activation_of(root.get_submodule(str(user.target))), (*chain, user)
+    return *_of_call(user), (*chain, user)
 
 
 def match(node: fx.Node, root: nn.Module) -> Fold | str:
@@ -232,40 +250,44 @@ def match(node: fx.Node, root: nn.Module) -> Fold | str:
         return "it is called with more than its input"
     if isinstance(root.get_submodule(str(node.target)), nn.LayerNorm):
         return _match_layer_norm(node, root)
-    if len(node.users) == 1:
-        add = next(iter(node.users))
+    chain = _past_idle(node, root)
+    if len(chain[-1].users) == 1:
+        add = next(iter(chain[-1].users))
         terms = _terms(add)
         if terms is not None:
-            return _match_add(node, add, terms, root)
-    name, reason, last = _following(node, root)
-    return Fold(node, name, None, None, last) if name else reason
+            return _match_add(chain, add, terms, root)
+    name, reason, path = _following(node, root)
+    return Fold(node, name, None, None, path[-1], path[1:-1]) if name else reason
 
 
-def _match_add(node: fx.Node, add: fx.Node, terms: tuple[Any, Any], root: nn.Module) -> Fold | str:
-    if _added_in_place(add) and terms[0] is not node:
+def _match_add(
+    chain: tuple[fx.Node, ...], add: fx.Node, terms: tuple[Any, Any], root: nn.Module
+) -> Fold | str:
+    """What is added to the last of a chain, which a norm begins."""
+    norm, last = chain[0], chain[-1]
+    if _added_in_place(add) and terms[0] is not last:
         return "it is added in place into another tensor"
-    if _disturbed(node, add, root):
+    if _disturbed(norm, add, root):
         return "an in-place operation stands between the norm and the addition"
-    name, reason, last = _following(add, root)
+    name, reason, path = _following(add, root)
     if "hooks" in reason:
         return reason
+    residual = terms[1] if terms[0] is last else terms[0]
+    after = path[1:-1] if name else ()
     return Fold(
-        node,
-        name or "identity",
-        terms[1] if terms[0] is node else terms[0],
-        add,
-        last if name else add,
+        norm, name or "identity", residual, add, path[-1] if name else add, (*chain[1:], *after)
     )
 
 
 def _match_layer_norm(node: fx.Node, root: nn.Module) -> Fold | str:
-    name, reason, last = _following(node, root)
+    name, reason, path = _following(node, root)
     add: Any = node.args[0]
     terms = _terms(add)
     plain = terms is not None and not _added_in_place(add) and len(add.users) == 1
+    last, between = (path[-1], path[1:-1]) if name else (node, ())
     if terms is not None and plain and not _disturbed(add, node, root) and "hooks" not in reason:
-        return Fold(node, name or "identity", terms[1], add, last if name else node)
-    return Fold(node, name, None, None, last) if name else reason
+        return Fold(node, name or "identity", terms[1], add, last, between)
+    return Fold(node, name, None, None, last, between) if name else reason
 
 
 def rewrite(fold: Fold, root: nn.Module) -> None:
@@ -285,9 +307,7 @@ def rewrite(fold: Fold, root: nn.Module) -> None:
             str(norm.target), (source,) if residual is None else (source, residual)
         )
     fold.last.replace_all_uses_with(fused)
-    # users before what they use
-    for node in dict.fromkeys(
-        (fold.last, norm, fold.add) if before else (fold.last, fold.add, norm)
-    ):
-        if node is not None:
+    folded = {fold.last, norm, fold.add, *fold.idle}
+    for node in reversed(graph.nodes):  # users before what they use
+        if node in folded:
             graph.erase_node(node)

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from fastnorm.dispatch import backends
 from fastnorm.surgery.report import Note
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -72,8 +73,10 @@ def _called(function: Any) -> tuple[Any, ...]:
 def _functions(module: nn.Module, name: str, chosen: Collection[type[nn.Module]]) -> Iterator[Note]:
     """A forward that calls, or an attribute that holds, what replace_ only finds as a layer."""
     cls = type(module)
-    theirs = cls.__module__.startswith(("torch.", "fastnorm."))
-    called = (*(() if theirs else _called(cls.forward)), *module.__dict__.values())
+    if cls.__module__.startswith("fastnorm."):
+        return
+    torchs = cls.__module__.startswith("torch.")
+    called = (*(() if torchs else _called(cls.forward)), *module.__dict__.values())
     found = {
         short: layers[0].__name__
         for function, short, layers in _FUNCTIONS
@@ -87,10 +90,13 @@ def _functions(module: nn.Module, name: str, chosen: Collection[type[nn.Module]]
         )
 
 
-def of_model(model: nn.Module, chosen: Collection[type[nn.Module]]) -> Iterator[Note]:
+def of_model(
+    model: nn.Module, chosen: Collection[type[nn.Module]], changed: Collection[nn.Module]
+) -> Iterator[Note]:
     """What replace_ does not change though there is something of ours for it."""
     for name, module in model.named_modules():
-        yield from _functions(module, name, chosen)
+        if module not in changed:
+            yield from _functions(module, name, chosen)
         if type(module) is nn.SyncBatchNorm and any(norm in chosen for norm in _BATCH_NORMS):
             yield Note(name, "torch's SyncBatchNorm: fastnorm.convert_sync_batchnorm makes it ours")
         if _WeightNorm in chosen and any(
@@ -103,6 +109,34 @@ def of_model(model: nn.Module, chosen: Collection[type[nn.Module]]) -> Iterator[
             )
 
 
+def of_machine(changed: Collection[nn.Module]) -> Iterator[Note]:
+    """What a GPU goes without where no kernel of ours can run on it; says nothing before CUDA is in
+    use, since to ask the GPU would initialise it."""
+    on_gpu = any(p.is_cuda for module in changed for p in module.parameters(recurse=False))
+    if not on_gpu and not torch.cuda.is_initialized():
+        return
+    missing = backends()
+    kernels = [missing["cuda"], missing["triton"]]
+    if torch.version.hip is not None:
+        kernels = ["the kernels are for NVIDIA's GPUs"]
+    if all(kernels):
+        yield Note(
+            "",
+            "no kernel of ours can run on this machine's GPU, torch's own functions serve: "
+            + "; ".join(str(reason) for reason in kernels),
+        )
+
+
+def unfused(count: int) -> Iterator[Note]:
+    """What replace_ leaves to fuse_."""
+    if count:
+        yield Note(
+            "",
+            f"{count} norm{'s stand' if count > 1 else ' stands'} next to an activation or an "
+            "addition: fastnorm.fuse_(model) folds these in",
+        )
+
+
 def one_by_one(names: Collection[str]) -> Iterator[Note]:
     """What weight-normed tensors lose that are computed where they are read."""
     if len(names) > 1:
@@ -112,6 +146,12 @@ def one_by_one(names: Collection[str]) -> Iterator[Note]:
             )
 
 
+_STRIDED = (
+    "its input is a view by {}, read across its strides: of images it lies in rows where the model "
+    "is torch.channels_last"
+)
+
+
 def of_call(node: fx.Node, name: str) -> Iterator[Note]:
     """What a layer norm loses by the input that a traced forward gives it."""
     source = node.args[0] if node.args else None
@@ -119,8 +159,41 @@ def of_call(node: fx.Node, name: str) -> Iterator[Note]:
         target = source.target
         called = target if isinstance(target, str) else getattr(target, "__name__", "")
         if source.op in ("call_method", "call_function") and called in _PERMUTES:
-            yield Note(
-                name,
-                f"its input is a view by {called}, read across its strides: of images it lies in "
-                "rows where the model is torch.channels_last",
-            )
+            yield Note(name, _STRIDED.format(called))
+
+
+def of_neighbour(before: nn.Module | None, norm: nn.Module, name: str) -> Iterator[Note]:
+    """The same of a layer norm in a Sequential, by the entry before it: torchvision has a layer
+    Permute, and others have their own."""
+    if isinstance(norm, nn.LayerNorm) and type(before).__name__ == "Permute":
+        yield Note(name, _STRIDED.format("Permute"))
+
+
+_HALF = (nn.Linear, nn.modules.conv._ConvNd)  # whose output autocast makes half
+_PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
+
+
+def _half_by_autocast(node: Any, root: nn.Module) -> bool:
+    """Whether a sum's term is surely half under autocast, for all that the trace shows."""
+    while isinstance(node, fx.Node) and node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        if isinstance(module, _HALF):
+            return True
+        if not isinstance(module, _PASSING) or not node.args:
+            return False
+        node = node.args[0]
+    return False
+
+
+def of_sum(terms: tuple[Any, Any], norm: nn.Module, root: nn.Module, name: str) -> Iterator[Note]:
+    """What a layer norm with a residual loses under autocast, by the two terms of its sum."""
+    weight = getattr(norm, "weight", None)
+    if weight is not None and weight.dtype is not torch.float32:
+        return  # no model for autocast
+    if sum(_half_by_autocast(term, root) for term in terms) == 1:
+        yield Note(
+            name,
+            "under autocast one term of its sum is half, by a linear layer or a convolution, and "
+            "the other, where a layer norm made it, fp32: such a sum is taken before the kernel, "
+            "and in it only where both have one dtype, as in a model in bfloat16",
+        )

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from fastnorm.modules import permuted
+
 # a model has layers of a package only if this module of it is imported; ours that knows them
 _PACKAGES = {
     "transformers.activations": "fastnorm.modules.transformers",
@@ -24,7 +26,8 @@ def _in_use() -> Iterator[Any]:
 
 def replacements() -> dict[type[nn.Module], type[nn.Module]]:
     """A package's class -> ours."""
-    return {theirs: ours for known in _in_use() for theirs, ours in known.REPLACEMENTS.items()}
+    known = {theirs: ours for one in _in_use() for theirs, ours in one.REPLACEMENTS.items()}
+    return {**known, **permuted.replacements()}
 
 
 def activation_name(module: nn.Module) -> str | None:
