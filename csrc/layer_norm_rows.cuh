@@ -80,14 +80,16 @@ __device__ __forceinline__ Vector<T> load_row(const T* p, int rest) {
 }
 
 // Stores v at p. Lanes from `first` to `last` of the warp, all of which calls this together, hold
-// adjacent vectors of one row; each stores the 16-byte block in which its own vector begins.
-template <bool kFast, class T>
+// adjacent vectors of one row; each stores the 16-byte block in which its own vector begins. kOnce:
+// evict first, where kFast.
+template <bool kFast, bool kOnce = false, class T>
 __device__ __forceinline__ void store_row(T* p, const Vector<T>& v, int rest, bool first,
                                           bool last) {
     constexpr int kVector = Vector<T>::size;
     if constexpr (kFast) {
-        if (rest > 0) store_vector(p, v);
-        return;
+        if (rest <= 0) return;
+        if (kOnce) return store_vector_once(p, v);
+        return store_vector(p, v);
     }
     const int shift = misalignment(p), own = kVector - shift;  // elements of v in that block
     const uint4 words = as_words(v);
