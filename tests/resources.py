@@ -24,13 +24,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_REGISTERS = 128
-MOST_KERNELS = 120  # what keeps a build under two minutes on two cores
+MOST_KERNELS = 130  # a build for one architecture is 125 s of one core: a minute on two
 WARNINGS = "-Werror=all-warnings -Xcompiler=-Wall,-Werror"
 WIDE_ACCESS = re.compile(r"\b(?:LD|ST)G\.E(?:\.\w+)*\.128\b")
 
 # kernel -> why it may take more registers
 MANY_REGISTERS: dict[str, str] = {
     "layer_norm::backward_rows_kernel": "512 threads of 128: they hold dweight, dbias and two rows",
+    "layer_norm::backward_halves_kernel": "the same",
     "layer_norm::backward_ticket_kernel": "two blocks of 256 threads of 128; sm_120 spills at 96",
 }
 # kernel -> why nothing in it is worth 16 bytes
