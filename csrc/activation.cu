@@ -104,12 +104,45 @@ struct SwishWork {
         return by_channel() ? group : (long(group) * sizes.width + column) * kVector;
     }
 
-    // Calls f(offset, lanes) for each of the thread's runs of up to kVector adjacent elements;
-    // those are positions of one channel, or one position of as many channels.
+    // Calls f(offset, run) for each of the thread's runs of up to kVector adjacent elements, which
+    // are positions of one channel, or one position of as many channels; run is Whole or Loose.
+    // Each has a loop of its own: where their values met, halves would be merged one by one, which
+    // waits for every load at once.
     template <class F>
     __device__ __forceinline__ void for_each(F f) const {
+        if (aligned) {
+            for_each_run(kVector, [&](long at, int) { f(at, Whole{}); });
+        } else {
+            for_each_run(1, [&](long at, int lanes) { f(at, Loose{lanes}); });
+        }
+    }
+
+    struct Whole {  // 16 bytes that begin on 16 bytes
+        __device__ __forceinline__ Vector<T> load(const T* p) const { return load_vector(p); }
+        __device__ __forceinline__ void store(T* p, const Vector<T>& v) const {
+            store_vector(p, v);
+        }
+    };
+    struct Loose {
+        int lanes;
+        __device__ __forceinline__ Vector<T> load(const T* p) const {
+            Vector<T> v = {};
+#pragma unroll
+            for (int j = 0; j < kVector; ++j)
+                if (j < lanes) v.v[j] = p[j];
+            return v;
+        }
+        __device__ __forceinline__ void store(T* p, const Vector<T>& v) const {
+#pragma unroll
+            for (int j = 0; j < kVector; ++j)
+                if (j < lanes) p[j] = v.v[j];
+        }
+    };
+
+    // f(offset, lanes); `step` positions of a channel are a run.
+    template <class F>
+    __device__ __forceinline__ void for_each_run(int step, F f) const {
         if (by_channel()) {
-            const int step = aligned ? kVector : 1;
             const long per_row = sizes.inner / step, runs = sizes.outer * per_row;
             const long stride = long(sizes.splits) * kThreads;
             for (long i = long(split) * kThreads + threadIdx.x; i < runs; i += stride) {
@@ -128,20 +161,6 @@ struct SwishWork {
         }
     }
 
-    __device__ __forceinline__ Vector<T> load(const T* p, int lanes) const {
-        if (aligned) return load_vector(p);
-        Vector<T> v = {};
-#pragma unroll
-        for (int j = 0; j < kVector; ++j)
-            if (j < lanes) v.v[j] = p[j];
-        return v;
-    }
-    __device__ __forceinline__ void store(T* p, const Vector<T>& v, int lanes) const {
-        if (aligned) return store_vector(p, v);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j)
-            if (j < lanes) p[j] = v.v[j];
-    }
     __device__ __forceinline__ void load_beta(Array beta, Wide<T> (&b)[kVector]) const {
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
@@ -184,14 +203,12 @@ __global__ void __launch_bounds__(kThreads) swish_forward_kernel(SwishForward a)
     const SwishWork<T> work(a.sizes, misalignment(x) == 0 && misalignment(y) == 0);
     Wide<T> beta[kVector];
     work.load_beta(a.beta, beta);
-    work.for_each([&](long at, int lanes) {
-        Vector<T> v = work.load(x + at, lanes);
+    work.for_each([&](long at, auto run) {
+        Wide<T> z[kVector];
+        widen(run.load(x + at), z);
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-            const Wide<T> z = widen(v.v[j]);
-            v.v[j] = static_cast<T>(z * logistic<T>(beta[j] * z));
-        }
-        work.store(y + at, v, lanes);
+        for (int j = 0; j < kVector; ++j) z[j] *= logistic<T>(beta[j] * z[j]);
+        run.store(y + at, narrow<T>(z));
     });
 }
 
@@ -205,18 +222,19 @@ __global__ void __launch_bounds__(kThreads, 2) swish_backward_kernel(SwishBackwa
                             misalignment(x) == 0 && misalignment(dy) == 0 && misalignment(dx) == 0);
     W beta[kVector], sum[kVector] = {};
     work.load_beta(a.beta, beta);
-    work.for_each([&](long at, int lanes) {
-        const Vector<T> vx = work.load(x + at, lanes), vdy = work.load(dy + at, lanes);
-        Vector<T> out;
+    work.for_each([&](long at, auto run) {
+        const Vector<T> vx = run.load(x + at), vdy = run.load(dy + at);
+        W z[kVector], g[kVector];
+        widen(vx, z);
+        widen(vdy, g);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
-            const W z = widen(vx.v[j]), g = widen(vdy.v[j]);
-            const Sigmoids<W> sigmoid(beta[j] * z);
-            const W rest = z * (sigmoid.s * sigmoid.rest);
-            out.v[j] = static_cast<T>(g * (sigmoid.s + beta[j] * rest));
-            sum[j] += g * (z * rest);
+            const Sigmoids<W> sigmoid(beta[j] * z[j]);
+            const W rest = z[j] * (sigmoid.s * sigmoid.rest);
+            sum[j] += g[j] * (z[j] * rest);
+            g[j] *= sigmoid.s + beta[j] * rest;
         }
-        if (dx != nullptr) work.store(dx + at, out, lanes);
+        if (dx != nullptr) run.store(dx + at, narrow<T>(g));
     });
     if (a.dbeta.data == nullptr) return;
 

@@ -1,6 +1,7 @@
-// Layer norm forward; kernels in layer_norm_forward.cuh.
+// Layer norm forward; kernels in layer_norm_forward.cuh and layer_norm_halves.cuh.
 #include "layer_norm.h"
 #include "layer_norm_forward.cuh"
+#include "layer_norm_halves.cuh"
 
 namespace fastnorm {
 namespace {
@@ -28,6 +29,13 @@ cudaError_t layer_norm_forward(const LayerNormForward& a, Dtype dtype, cudaStrea
                          : a.activation == Activation::identity
                              ? forward_rows_kernel<T, true, Identity>
                              : forward_rows_kernel<T, true, Any>;
+                if constexpr (sizeof(T) == 2) {
+                    if (halves<T>(a)) {
+                        with_frequent(a.activation, [&](auto activation) {
+                            kernel = forward_halves_kernel<T, typename decltype(activation)::type>;
+                        });
+                    }
+                }
             }
         }
         return launch(kernel, unsigned(a.plan.blocks), a.plan.block, a.plan.shared_bytes, stream,

@@ -26,7 +26,7 @@ struct LayerNormPlan {
     int group;           // backward: rows of a tile ...
     long groups, span;   // ... how many groups, and how many of them a tile has when visited again
     // backward: the first blocks work, the others finish dweight and dbias
-    long workers, parts;  // parts: partial sums of a column
+    long workers, parts;  // parts: rows of partial sums
 };
 
 struct LayerNormForward {
@@ -62,7 +62,7 @@ struct LayerNormBackward {
     void* parts;         // [wanted of dweight and dbias, parts, cols], wide
     void* partials;      // chunks: [rows, chunks, 2], wide: of the sums of g and g * x_hat ...
     void* totals;        // chunks: [rows, 2], wide: ... and their means
-    unsigned* counters;  // [3 + groups], zero before and after
+    unsigned* counters;  // [3], chunks: [3 + groups + parts * chunks], zero before and after
     long rows, batch_rows, cols;
     Activation activation;
     LayerNormPlan plan;

@@ -2,6 +2,7 @@
 #include "layer_norm.h"
 #include "layer_norm_backward.cuh"
 #include "layer_norm_backward_long.cuh"
+#include "layer_norm_halves.cuh"
 
 namespace fastnorm {
 namespace {
@@ -29,6 +30,13 @@ cudaError_t layer_norm_backward(const LayerNormBackward& a, Dtype dtype, cudaStr
                          : a.activation == Activation::identity
                              ? backward_rows_kernel<T, true, Identity>
                              : backward_rows_kernel<T, true, Any>;
+                if constexpr (sizeof(T) == 2) {
+                    if (halves<T>(a)) {
+                        with_frequent(a.activation, [&](auto activation) {
+                            kernel = backward_halves_kernel<T, typename decltype(activation)::type>;
+                        });
+                    }
+                }
             }
         }
         return launch(kernel, unsigned(a.plan.blocks), a.plan.block, a.plan.shared_bytes, stream,

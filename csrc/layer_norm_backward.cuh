@@ -10,8 +10,7 @@ constexpr int kBackwardThreads = 512;  // at most
 template <class T>
 constexpr int kBackwardVectors = sizeof(T) == 8 ? 1 : 2;  // of a thread
 
-// ---- pieces: dy and the activation
-// ---------------------------------------------------------------
+// ---- pieces: dy and the activation --------------------------------------------------------------
 
 // Where dy of a row's columns from `col` on begins, whatever its dtype.
 template <class T>
@@ -20,24 +19,18 @@ __device__ __forceinline__ const char* dy_at(const LayerNormBackward& a, long ro
     return static_cast<const char*>(a.dy.data) + at * (a.dy_dtype == dtype_of<T> ? sizeof(T) : 4);
 }
 
-// A vector of dy of the type T.
-template <class T>
-__device__ __forceinline__ void widened(const Vector<T>& v, Wide<T> (&dy)[Vector<T>::size]) {
-#pragma unroll
-    for (int j = 0; j < Vector<T>::size; ++j) dy[j] = widen(v.v[j]);
-}
-
-// As many values of dy as a vector of T has, from p on: of T, or fp32 where T is narrower.
-template <bool kFast, class T>
+// As many values of dy as a vector of T has, from p on: of T, or fp32 where T is narrower. kFloat:
+// they are known to be that.
+template <bool kFast, bool kOnce, class T, bool kFloat = false>
 __device__ __forceinline__ void load_dy(Dtype dtype, const char* p, int rest,
                                         Wide<T> (&dy)[Vector<T>::size]) {
-    if (sizeof(T) > 2 || dtype == dtype_of<T>) {
-        widened(load_row<kFast, kFast>(reinterpret_cast<const T*>(p), rest), dy);
+    if (!kFloat && (sizeof(T) > 2 || dtype == dtype_of<T>)) {
+        widen(load_row<kFast, kOnce>(reinterpret_cast<const T*>(p), rest), dy);
     } else {
 #pragma unroll
         for (int j = 0; j < Vector<T>::size; j += 4) {
             const float* half = reinterpret_cast<const float*>(p) + j;
-            const Vector<float> v = load_row<kFast, kFast>(half, rest - j);
+            const Vector<float> v = load_row<kFast, kOnce>(half, rest - j);
 #pragma unroll
             for (int i = 0; i < 4 && i + j < Vector<T>::size; ++i) dy[j + i] = v.v[i];
         }
@@ -77,8 +70,7 @@ __device__ __forceinline__ void pull_back(const LayerNormBackward& a, const Vect
     for (int j = 0; j < kVector; ++j) g[j] *= dz[j];
 }
 
-// ---- pieces: sums
-// ---------------------------------------------------------------------------------
+// ---- pieces: sums -------------------------------------------------------------------------------
 
 template <class W>
 struct RowSums {
@@ -104,8 +96,15 @@ struct Gradients {
     using W = Wide<T>;
     static constexpr int kVector = Vector<T>::size;
     W dweight[n][kVector] = {}, dbias[n][kVector] = {};
+    bool wanted;  // either of them
 
+    __device__ __forceinline__ explicit Gradients(const LayerNormBackward& a)
+        : wanted(a.dweight.data != nullptr || a.dbias.data != nullptr) {}
+
+    // kAlways: whether they are wanted or not; asking takes a register.
+    template <bool kAlways = false>
     __device__ __forceinline__ void add(int k, const W (&dz)[kVector], const W (&x_hat)[kVector]) {
+        if (!kAlways && !wanted) return;
 #pragma unroll
         for (int j = 0; j < kVector; ++j) dweight[k][j] += dz[j] * x_hat[j], dbias[k][j] += dz[j];
     }
@@ -123,59 +122,126 @@ struct Gradients {
     }
 };
 
-// A thread's sums to its columns at p.
-template <bool kFast, class T, class W, int n, int kVector>
+// A thread's sums to its columns at p; added to what is there where kAdd.
+template <bool kFast, bool kAdd = false, class T, class W, int n, int kVector>
 __device__ __forceinline__ void store_sums(const Part<T>& part, W* p, const W (&sums)[n][kVector]) {
 #pragma unroll
     for (int k = 0; k < n; ++k) {
         if constexpr (kFast) {
 #pragma unroll
             for (int j = 0; j < kVector; j += Vector<W>::size) {
-                Vector<W> v;
-                memcpy(&v, &sums[k][j], 16);
-                if (part.column(k) < part.span) store_vector(p + part.column(k) + j, v);
+                if (part.column(k) >= part.span) continue;
+                W* to = p + part.column(k) + j;
+                Vector<W> v = {};
+                if (kAdd) v = load_vector(to);
+#pragma unroll
+                for (int i = 0; i < Vector<W>::size; ++i) v.v[i] += sums[k][j + i];
+                store_vector(to, v);
             }
         } else {
 #pragma unroll
-            for (int j = 0; j < kVector; ++j)
-                if (part.column(k) + j < part.span) p[part.column(k) + j] = sums[k][j];
+            for (int j = 0; j < kVector; ++j) {
+                W* to = p + part.column(k) + j;
+                if (part.column(k) + j < part.span) *to = (kAdd ? *to : W(0)) + sums[k][j];
+            }
         }
     }
 }
+
+// Stores a worker's partial sums: the groups of threads that shared the block merge theirs in
+// shared memory.
+template <bool kFast, class T, int n>
+__device__ __forceinline__ void leave_gradients(const LayerNormBackward& a, const Part<T>& part,
+                                                const Gradients<T, n>& sums, long worker) {
+    using W = Wide<T>;
+    W* memory = dynamic_shared<W>();
+    sums.for_wanted(a, worker, [&](W* p, const W(&own)[n][Vector<T>::size]) {
+        if (part.groups == 1) return store_sums<kFast>(part, p, own);
+        __syncthreads();
+        store_sums<false>(part, memory + part.group * part.span, own);
+        __syncthreads();
+        for (int c = threadIdx.x; c < part.span; c += blockDim.x) {
+            W sum = 0;
+            for (int i = 0; i < part.groups; ++i) sum += memory[i * part.span + c];
+            p[c] = sum;
+        }
+    });
+}
+
+constexpr int kFinishLanes = 8;  // 16 bytes each: 128 of a row of partial sums
 
 template <class W>
 struct Columns {
-    W warp[kBackwardThreads / kWarp][kWarp];
+    W warp[kBackwardThreads / kWarp][kFinishLanes * Vector<W>::size];
 };
 
-// After all workers have stored their partial sums: these are added in fixed order, 32 columns at a
-// time. Finishers have the largest tickets, so they wait for blocks that are running or done.
+// This thread's columns, from p on, of every `step`-th of the partial sums from `first` on. Eight
+// loads in flight: nothing else hides their latency.
+template <class W>
+__device__ __forceinline__ Sums<Vector<W>::size, W> sum_parts(const LayerNormBackward& a,
+                                                              const W* p, int rest, int first,
+                                                              int step) {
+    constexpr int kVector = Vector<W>::size;
+    Sums<kVector, W> sum = {};
+    if (a.cols % kVector == 0) {
+#pragma unroll 8
+        for (long part = first; part < a.plan.parts; part += step) {
+            const Vector<W> v = load_vector(p + part * a.cols);
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) sum.v[j] += v.v[j];
+        }
+    } else {
+#pragma unroll 2
+        for (long part = first; part < a.plan.parts; part += step) {
+#pragma unroll
+            for (int j = 0; j < kVector; ++j)
+                if (j < rest) sum.v[j] += p[part * a.cols + j];
+        }
+    }
+    return sum;
+}
+
+// After all workers have stored their partial sums: these are added in fixed order, 128 bytes of
+// columns at a time. Finishers have the largest tickets, so they wait for blocks that are running
+// or done.
 template <class W>
 __device__ __forceinline__ void finish(const LayerNormBackward& a, long finisher, long finishers) {
+    constexpr int kVector = Vector<W>::size, kSlab = kFinishLanes * kVector;
     auto& shared = block_shared<Columns<W>>();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    const long slabs = (a.cols + kWarp - 1) / kWarp;
+    const int own = lane % kFinishLanes * kVector;
+    const long slabs = (a.cols + kSlab - 1) / kSlab;
     const int wanted = (a.dweight.data != nullptr) + (a.dbias.data != nullptr);
     for (long i = finisher; i < wanted * slabs; i += finishers) {
         const bool second = i >= slabs;
-        const long col = (i - second * slabs) * kWarp + lane;
-        const W* p = static_cast<const W*>(a.parts) + second * a.plan.parts * a.cols + col;
-        W sum = 0;
-        if (col < a.cols) {
-#pragma unroll 4
-            for (long part = warp; part < a.plan.parts; part += warps) sum += p[part * a.cols];
+        const long begin = (i - second * slabs) * kSlab;
+        const int rest = int(min(a.cols - begin, long(kSlab)));
+        const W* p = static_cast<const W*>(a.parts) + second * a.plan.parts * a.cols + begin + own;
+        Sums<kVector, W> sum = {};
+        if (own < rest)
+            sum =
+                sum_parts(a, p, rest - own, threadIdx.x / kFinishLanes, blockDim.x / kFinishLanes);
+#pragma unroll
+        for (int step = kFinishLanes; step < kWarp; step *= 2) {
+#pragma unroll
+            for (int j = 0; j < kVector; ++j)
+                sum.v[j] += __shfl_xor_sync(kFullWarp, sum.v[j], step);
         }
         __syncthreads();  // the last use of `shared` is over
-        shared.warp[warp][lane] = sum;
+        if (lane < kFinishLanes) {
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) shared.warp[warp][own + j] = sum.v[j];
+        }
         __syncthreads();
-        if (warp > 0 || col >= a.cols) continue;
-        for (int j = 1; j < warps; ++j) sum += shared.warp[j][lane];
-        store_any(!second && a.dweight.data != nullptr ? a.dweight : a.dbias, col, sum);
+        if (int(threadIdx.x) >= rest) continue;
+        W all = 0;
+        for (int j = 0; j < warps; ++j) all += shared.warp[j][threadIdx.x];
+        store_any(!second && a.dweight.data != nullptr ? a.dweight : a.dbias, begin + threadIdx.x,
+                  all);
     }
 }
 
-// ---- kernel: rows in registers
-// --------------------------------------------------------------------
+// ---- kernel: rows in registers ------------------------------------------------------------------
 
 // The worker's share of the rows: every `workers`-th tile. Without an activation the next rows are
 // loaded while these are summed; else registers are short, and L2 is told of them.
@@ -188,7 +254,7 @@ __device__ __forceinline__ void work(const LayerNormBackward& a, long worker) {
     const bool narrow = sizeof(T) > 2 || a.dy_dtype == dtype_of<T>;
     const bool x_staged = !kFast && a.x.column != 1, dy_staged = !kFast && a.dy.column != 1;
     Part<T> part(plan.threads, int(a.cols));
-    Gradients<T, n> sums;
+    Gradients<T, n> sums(a);
     Vector<T> x[n] = {}, dy[n] = {};
 
     auto x_tile = [&](int r) { return dynamic_shared<T>() + r * staged_pitch(part.span); };
@@ -210,9 +276,9 @@ __device__ __forceinline__ void work(const LayerNormBackward& a, long worker) {
 #pragma unroll
         for (int k = 0; k < n; ++k) {
             const int col = part.column(k);
-            if (narrow && part.used(k))
-                dy[k] =
-                    load_row<kFast, kFast>(reinterpret_cast<const T*>(from) + col, length - col);
+            // zeros where there is nothing: of what was there before, halves would be copied
+            const int rest = narrow && part.used(k) ? length - col : 0;
+            dy[k] = load_row<kFast, kFast>(reinterpret_cast<const T*>(from) + col, rest);
         }
         forget(dy);
     };
@@ -258,13 +324,13 @@ __device__ __forceinline__ void work(const LayerNormBackward& a, long worker) {
             W dz[kVector], x_hat[kVector];
             row_x[k] = x[k];
             if (dy_staged)
-                widened(load_staged(dy_tile(r) + col, rest), dz);
+                widen(load_staged(dy_tile(r) + col, rest), dz);
             else if (kAhead && narrow)
-                widened(dy[k], dz);
+                widen(dy[k], dz);
             else
-                load_dy<kFast, T>(a.dy_dtype, row_dy, rest, dz);
+                load_dy<kFast, kFast, T, kAhead && sizeof(T) == 2>(a.dy_dtype, row_dy, rest, dz);
             pull_back<kFast, Act>(a, row_x[k], col, rest, mean, rstd, dz, x_hat, g[k]);
-            sums.add(k, dz, x_hat);
+            sums.template add<!kAhead>(k, dz, x_hat);
 #pragma unroll
             for (int j = 0; j < kVector; ++j) s.v[0] += g[k][j], s.v[1] += g[k][j] * x_hat[j];
         }
@@ -304,35 +370,30 @@ __device__ __forceinline__ void work(const LayerNormBackward& a, long worker) {
         }
     }
 
-    // the groups of threads that shared the block merge their sums in shared memory
-    W* memory = dynamic_shared<W>();
-    sums.for_wanted(a, worker, [&](W* p, const W(&own)[n][kVector]) {
-        if (part.groups == 1) return store_sums<kFast>(part, p, own);
-        __syncthreads();
-        store_sums<false>(part, memory + part.group * part.span, own);
-        __syncthreads();
-        for (int c = threadIdx.x; c < part.span; c += blockDim.x) {
-            W sum = 0;
-            for (int i = 0; i < part.groups; ++i) sum += memory[i * part.span + c];
-            p[c] = sum;
-        }
-    });
+    leave_gradients<kFast>(a, part, sums, worker);
 }
 
-template <class T, bool kFast, class Act>
-__global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows_kernel(LayerNormBackward a) {
+// Runs `work` of a worker in the first blocks to start, and finishes the gradients of parameters,
+// if any is wanted, in the others.
+template <class W, class F>
+__device__ __forceinline__ void with_workers(const LayerNormBackward& a, F work) {
     const bool wanted = a.counters != nullptr;  // dweight or dbias
     const long ticket = wanted ? take_ticket(a.counters) : blockIdx.x, workers = a.plan.workers;
     unsigned* arrivals = a.counters + 2;
     if (ticket < workers) {
-        work<T, kFast, Act>(a, ticket);
+        work(ticket);
         if (!wanted) return;
         arrive(arrivals);
     } else {
         wait(arrivals, unsigned(workers));
-        finish<Wide<T>>(a, ticket - workers, gridDim.x - workers);
+        finish<W>(a, ticket - workers, gridDim.x - workers);
     }
     leave_zero(a.counters, 3);
+}
+
+template <class T, bool kFast, class Act>
+__global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows_kernel(LayerNormBackward a) {
+    with_workers<Wide<T>>(a, [&](long worker) { work<T, kFast, Act>(a, worker); });
 }
 
 }  // namespace layer_norm

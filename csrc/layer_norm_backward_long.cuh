@@ -25,16 +25,16 @@ __device__ __forceinline__ Part<T> part_of(const LayerNormBackward& a, long begi
     return part;
 }
 
-// x and what pull_back makes of dy, for one vector of a row.
-template <bool kFast, class T>
+// x and what pull_back makes of dy, for one vector of a row. kOnce: for the last time.
+template <bool kFast, bool kOnce, class T>
 struct Visit {
     static constexpr int kVector = Vector<T>::size;
     Vector<T> x;
     Wide<T> dz[kVector], x_hat[kVector], g[kVector];
 
     __device__ __forceinline__ Visit(const LayerNormBackward& a, long row, long col, int rest) {
-        x = load_row<kFast>(row_of<T>(a.x, row, a.rows, a.batch_rows) + col, rest);
-        load_dy<kFast, T>(a.dy_dtype, dy_at<T>(a, row, col), rest, dz);
+        x = load_row<kFast, kOnce>(row_of<T>(a.x, row, a.rows, a.batch_rows) + col, rest);
+        load_dy<kFast, kOnce, T>(a.dy_dtype, dy_at<T>(a, row, col), rest, dz);
         const Wide<T> mean = static_cast<const Wide<T>*>(a.mean)[row];
         const Wide<T> rstd = static_cast<const Wide<T>*>(a.rstd)[row];
         pull_back<kFast, Any>(a, x, col, rest, mean, rstd, dz, x_hat, g);
@@ -60,7 +60,7 @@ __device__ __forceinline__ void sum_rows(const LayerNormBackward& a, long tile) 
 #pragma unroll
         for (int k = 0; k < kChunkVectors; ++k) {
             if (!part.used(k)) continue;
-            const Visit<kFast, T> at(a, first + i, begin + part.column(k), part.rest(k));
+            const Visit<kFast, false, T> at(a, first + i, begin + part.column(k), part.rest(k));
 #pragma unroll
             for (int j = 0; j < Vector<T>::size; ++j)
                 s.v[0] += at.g[j], s.v[1] += at.g[j] * at.x_hat[j];
@@ -94,7 +94,9 @@ __device__ __forceinline__ void sum_rows(const LayerNormBackward& a, long tile) 
     arrive(arrivals);
 }
 
-// Second visit: dx, and the sums of dweight and dbias over the rows of `span` groups.
+// Second visit: dx, and the sums of dweight and dbias over the rows of `span` groups. Tile after
+// tile of a chunk they are added to one of `parts` rows in turn; by then the tile `parts` before
+// this one, whose ticket is smaller, has long done so, and their order is the same in every run.
 template <class T, bool kFast>
 __device__ __forceinline__ void apply_rows(const LayerNormBackward& a, long tile) {
     using W = Wide<T>;
@@ -102,7 +104,7 @@ __device__ __forceinline__ void apply_rows(const LayerNormBackward& a, long tile
     const long begin = chunk * a.plan.chunk;
     const Part<T> part = part_of<T>(a, begin);
     const W* totals = static_cast<const W*>(a.totals);
-    Gradients<T, kChunkVectors> sums;
+    Gradients<T, kChunkVectors> sums(a);
 
     for (long group = index * a.plan.span; group < (index + 1) * a.plan.span; ++group) {
         if (a.dx != nullptr) wait(a.counters + 3 + group, unsigned(chunks) + 1);
@@ -116,24 +118,35 @@ __device__ __forceinline__ void apply_rows(const LayerNormBackward& a, long tile
             for (int k = 0; k < kChunkVectors; ++k) {
                 if (!part.used(k)) continue;
                 const long col = begin + part.column(k), offset = row * a.cols + col;
-                const Visit<kFast, T> at(a, row, col, part.rest(k));
+                const Visit<kFast, true, T> at(a, row, col, part.rest(k));
                 sums.add(k, at.dz, at.x_hat);
                 if (a.dx == nullptr) continue;
                 Vector<T> out = {};
                 if (a.dsum != nullptr)
-                    out = load_row<kFast>(static_cast<const T*>(a.dsum) + offset, part.rest(k));
+                    out =
+                        load_row<kFast, true>(static_cast<const T*>(a.dsum) + offset, part.rest(k));
 #pragma unroll
                 for (int j = 0; j < Vector<T>::size; ++j) {
                     const W d = rstd * (at.g[j] - m1 - at.x_hat[j] * m2);
                     out.v[j] = static_cast<T>(d + widen(out.v[j]));
                 }
-                store_row<kFast>(static_cast<T*>(a.dx) + offset, out, part.rest(k), part.first,
-                                 part.last);
+                store_row<kFast, true>(static_cast<T*>(a.dx) + offset, out, part.rest(k),
+                                       part.first, part.last);
             }
         }
     }
-    sums.for_wanted(a, index,
-                    [&](W* p, const auto& own) { store_sums<kFast>(part, p + begin, own); });
+    if (!sums.wanted) return;
+    const long turn = index / a.plan.parts, row = index - turn * a.plan.parts;
+    unsigned* added = a.counters + 3 + a.plan.groups + row * chunks + chunk;
+    if (turn > 0) wait(added, unsigned(turn));
+    sums.for_wanted(a, row, [&](W* p, const auto& own) {
+        if (turn == 0)
+            store_sums<kFast>(part, p + begin, own);
+        else
+            store_sums<kFast, true>(part, p + begin, own);
+    });
+    arrive(added);
+    arrive(a.counters + 2);
 }
 
 // Ticket k visits tile k for the first time and tile k - lag for the second, which finds x and dy
@@ -144,20 +157,16 @@ __global__ void __launch_bounds__(kChunkBound<T, kFast>, 2)
     backward_ticket_kernel(LayerNormBackward a) {
     const LayerNormPlan& plan = a.plan;
     const long ticket = take_ticket(a.counters);
-    unsigned* arrivals = a.counters + 2;
     const bool wanted = a.dweight.data != nullptr || a.dbias.data != nullptr;
-    const long visited = plan.parts * plan.chunks;  // tiles of the second visit
+    const long visited = plan.groups / plan.span * plan.chunks;  // tiles of the second visit
     if (ticket < plan.workers) {
         if (a.dx != nullptr && ticket < plan.groups * plan.chunks) sum_rows<T, kFast>(a, ticket);
-        if (ticket >= plan.lag) {
-            apply_rows<T, kFast>(a, ticket - plan.lag);
-            if (wanted) arrive(arrivals);
-        }
+        if (ticket >= plan.lag) apply_rows<T, kFast>(a, ticket - plan.lag);
     } else {
-        wait(arrivals, unsigned(visited));
+        wait(a.counters + 2, unsigned(visited));
         finish<Wide<T>>(a, ticket - plan.workers, gridDim.x - plan.workers);
     }
-    leave_zero(a.counters, 3 + plan.groups);
+    leave_zero(a.counters, 3 + plan.groups + (wanted ? plan.parts * plan.chunks : 0));
 }
 
 }  // namespace layer_norm

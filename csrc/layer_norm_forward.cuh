@@ -116,8 +116,8 @@ __device__ __forceinline__ W store_statistics(const LayerNormForward& a, long ro
     return rstd;
 }
 
-// y of a vector at column `col` of a row; `at` is where y's begins.
-template <bool kFast, class Act, class T>
+// y of a vector at column `col` of a row; `at` is where y's begins. kOnce: see store_row.
+template <bool kFast, class Act, bool kOnce, class T>
 __device__ __forceinline__ void normalize(const LayerNormForward& a, const Part<T>& part,
                                           const Vector<T>& x, long at, long col, int rest,
                                           Wide<T> mean, Wide<T> rstd) {
@@ -135,14 +135,15 @@ __device__ __forceinline__ void normalize(const LayerNormForward& a, const Part<
         Vector<T> y;
 #pragma unroll
         for (int j = 0; j < kVector; ++j) y.v[j] = static_cast<T>(z[j]);
-        store_row<kFast>(static_cast<T*>(a.y.data) + at, y, rest, part.first, part.last);
+        store_row<kFast, kOnce>(static_cast<T*>(a.y.data) + at, y, rest, part.first, part.last);
     } else if constexpr (kFast && sizeof(T) == 2) {  // fp32
 #pragma unroll
         for (int half = 0; half < kVector; half += 4) {
             Vector<float> y;
 #pragma unroll
             for (int j = 0; j < 4; ++j) y.v[j] = z[half + j];
-            if (rest > 0) store_vector(static_cast<float*>(a.y.data) + at + half, y);
+            store_row<kFast, kOnce>(static_cast<float*>(a.y.data) + at + half, y, rest, part.first,
+                                    part.last);
         }
     } else if constexpr (!kFast) {
 #pragma unroll
@@ -190,8 +191,8 @@ __global__ void __launch_bounds__(kForwardThreads, kFast ? 2 : 1)
 #pragma unroll
         for (int k = 0; k < n; ++k) {
             if (part.used(k))
-                normalize<kFast, Act>(a, part, x[k], row * a.cols + part.column(k), part.column(k),
-                                      part.rest(k), m.mean, rstd);
+                normalize<kFast, Act, false>(a, part, x[k], row * a.cols + part.column(k),
+                                             part.column(k), part.rest(k), m.mean, rstd);
         }
     }
 }
@@ -265,8 +266,8 @@ __global__ void __launch_bounds__(kTicketThreads, 2) forward_ticket_kernel(Layer
         for (int k = 0; k < n; ++k) {
             const long col = begin + part.column(k);
             if (part.used(k))
-                normalize<kFast, Any>(a, part, x[k], row * a.cols + col, col, part.rest(k), mean,
-                                      rstd);
+                normalize<kFast, Any, true>(a, part, x[k], row * a.cols + col, col, part.rest(k),
+                                            mean, rstd);
         }
     }
     leave_zero(a.counters, 2 + a.rows);

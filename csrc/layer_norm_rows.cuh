@@ -19,13 +19,26 @@ constexpr Dtype dtype_of = std::is_same_v<T, double>          ? Dtype::float64
 
 // ---- 16 bytes anywhere --------------------------------------------------------------------------
 
-// The 16 of 32 bytes that begin at `bytes`, 0 to 16.
 template <class T>
-__device__ __forceinline__ Vector<T> realign(const Vector<T>& low, const Vector<T>& high,
-                                             int bytes) {
-    unsigned w[8];
-    memcpy(w, &low, 16);
-    memcpy(w + 4, &high, 16);
+__device__ __forceinline__ Vector<T> as_vector(uint4 raw) {
+    // whole registers up to here: where branches meet, halves would be merged one by one, which
+    // waits for a load as soon as it is issued
+    fastnorm::forget(raw);
+    Vector<T> v;
+    memcpy(&v, &raw, 16);
+    return v;
+}
+template <class T>
+__device__ __forceinline__ uint4 as_words(const Vector<T>& v) {
+    uint4 raw;
+    memcpy(&raw, &v, 16);
+    return raw;
+}
+
+// The 16 of 32 bytes that begin at `bytes`, 0 to 16, of elements of type T.
+template <class T>
+__device__ __forceinline__ uint4 realign(const uint4& low, const uint4& high, int bytes) {
+    unsigned w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     // selects: no register is addressed at run time
 #pragma unroll
     for (int i = 0; i < 4; ++i) w[i] = bytes & 16 ? w[i + 4] : w[i];
@@ -38,51 +51,55 @@ __device__ __forceinline__ Vector<T> realign(const Vector<T>& low, const Vector<
         for (int i = 0; i < 4; ++i)
             w[i] = unsigned((uint64_t(w[i + 1]) << 32 | w[i]) >> bytes % 4 * 8);
     }
-    Vector<T> v;
-    memcpy(&v, w, 16);
-    return v;
+    return {w[0], w[1], w[2], w[3]};
 }
 
 // A vector at p, `rest` elements before the end of its row; zeros beyond. kOnce: evict first.
 template <bool kFast, bool kOnce = false, class T>
 __device__ __forceinline__ Vector<T> load_row(const T* p, int rest) {
     constexpr int kVector = Vector<T>::size;
-    Vector<T> v = {};
+    uint4 raw = {0, 0, 0, 0};
     if constexpr (kFast) {
-        if (rest > 0) v = kOnce ? load_vector_once(p) : load_vector(p);
-        return v;
+        const uint4* from = reinterpret_cast<const uint4*>(p);
+        if (rest > 0) raw = kOnce ? load_evict_first(from) : *from;
+        return as_vector<T>(raw);
     }
     const int shift = misalignment(p);
     if (rest >= (shift == 0 ? kVector : 2 * kVector - shift)) {  // both blocks end within the row
-        v = load_vector(p - shift);
-        if (shift != 0) v = realign(v, load_vector(p - shift + kVector), shift * int(sizeof(T)));
+        const uint4* from = reinterpret_cast<const uint4*>(p - shift);
+        raw = *from;
+        if (shift != 0) raw = realign<T>(raw, from[1], shift * int(sizeof(T)));
     } else {
+        Vector<T> v = {};
 #pragma unroll
         for (int j = 0; j < kVector; ++j)
             if (j < rest) v.v[j] = p[j];
+        raw = as_words(v);
     }
-    return v;
+    return as_vector<T>(raw);
 }
 
 // Stores v at p. Lanes from `first` to `last` of the warp, all of which calls this together, hold
-// adjacent vectors of one row; each stores the 16-byte block in which its own vector begins.
-template <bool kFast, class T>
+// adjacent vectors of one row; each stores the 16-byte block in which its own vector begins. kOnce:
+// evict first, where kFast.
+template <bool kFast, bool kOnce = false, class T>
 __device__ __forceinline__ void store_row(T* p, const Vector<T>& v, int rest, bool first,
                                           bool last) {
     constexpr int kVector = Vector<T>::size;
     if constexpr (kFast) {
-        if (rest > 0) store_vector(p, v);
-        return;
+        if (rest <= 0) return;
+        if (kOnce) return store_vector_once(p, v);
+        return store_vector(p, v);
     }
     const int shift = misalignment(p), own = kVector - shift;  // elements of v in that block
-    unsigned words[4];
-    memcpy(words, &v, 16);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = __shfl_up_sync(kFullWarp, words[i], 1);
-    Vector<T> before;
-    memcpy(&before, words, 16);
+    const uint4 words = as_words(v);
+    const uint4 neighbours = {
+        __shfl_up_sync(kFullWarp, words.x, 1), __shfl_up_sync(kFullWarp, words.y, 1),
+        __shfl_up_sync(kFullWarp, words.z, 1), __shfl_up_sync(kFullWarp, words.w, 1)};
+    const Vector<T> before = as_vector<T>(neighbours);
     if (rest >= own && (!first || shift == 0)) {
-        store_vector(p - shift, realign(before, v, own * int(sizeof(T))));
+        store16(reinterpret_cast<uint4*>(p - shift),
+                realign<T>(neighbours, words, own * int(sizeof(T))));
     } else {
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
@@ -175,10 +192,7 @@ __device__ __forceinline__ Vector<T> load_staged(const T* p, int rest) {
 // Keeps vectors packed: 8 halves would be 8 registers. See platform.cuh.
 template <class T>
 __device__ __forceinline__ void forget(Vector<T>& x) {
-    uint4 raw;
-    memcpy(&raw, &x, 16);
-    fastnorm::forget(raw);
-    memcpy(&x, &raw, 16);
+    x = as_vector<T>(as_words(x));
 }
 template <class T, int n>
 __device__ __forceinline__ void forget(Vector<T> (&x)[n]) {

@@ -147,6 +147,44 @@ def test_absent_and_frozen(form: str, affine: tuple[bool, bool], frozen: tuple[s
         check(torch.randn(20, cols), affine=affine, frozen=frozen, activation=activation)
 
 
+# kernels of 16-bit rows: more rows than a worker has at a time, rows that share
+# a block, that are one and that end within a warp; dsum, sums nobody wants, no parameters
+@pytest.mark.parametrize("activation", ["identity", "silu", "gelu"])
+@pytest.mark.parametrize("cols", [40, 512, 1032])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_halves(cols: int, dtype: torch.dtype, activation: str) -> None:
+    x = (torch.randn(70, cols) + 3).to(dtype)
+    other = torch.randn(x.shape).to(dtype)
+    check(x, activation=activation)
+    check(x[:37], residual=other[:37], activation=activation, return_sum=True)
+    check(x[:9], frozen=("weight", "bias"), activation=activation)
+    check(x[:9], frozen=("x",), activation=activation)
+    for affine in ((True, False), (False, True), (False, False)):
+        check(x[:5], affine=affine, activation=activation)
+
+
+def test_halves_of_one_number() -> None:
+    """The mean is rounded; what is left of the distances to it must not be told from zero."""
+    for cols in (8, 200, 1000):
+        x = torch.full((2, cols), 9984.0, dtype=torch.bfloat16)
+        with dispatch.backend("cuda"):
+            y = layer_norm(x, (cols,), bias=torch.ones(cols, dtype=x.dtype))
+        assert torch.equal(y, torch.ones_like(x))
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("cols", [64, 65])
+def test_sums_over_many_groups(cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of a chunk take turns at fewer rows of partial sums than there are tiles."""
+    monkeypatch.setattr(cuda, "LIMITS", CHUNKS._replace(group=1))
+    shape = cuda.Shape(90, 90, cols, 4, 0, launch.processors(-1))
+    plan = cuda.backward_plan(shape, 4, True, 2, cuda.LIMITS)
+    assert 2 * plan.parts < plan.groups
+    check(torch.randn(90, cols))
+    check(torch.randn(90, 2 * cols).bfloat16())
+    assert not launch.counters(torch.empty(0), 1).any(), "every launch leaves its counters zero"
+
+
 STRIDED = {
     "slice": lambda: torch.randn(9, 80)[:, 7:71],
     "aligned slice": lambda: torch.randn(9, 96)[:, 16:80],
@@ -249,6 +287,8 @@ def test_the_rule() -> None:
     long = cuda.backward_plan(shape(4096, 8200, 2), 2, True, 2, cuda.LIMITS)
     assert long.ticket
     assert long.span == 1
+    # 2 * 132 blocks at 5 chunks a row: not one row of sums for each of 128 groups
+    assert (long.groups, long.chunks, long.parts) == (128, 5, 53)
     # a row of KernelBench's, 16 MB of x and as much of dy: L2 does not hold a group of them
     huge = cuda.backward_plan(shape(16, 1 << 22, 4), 4, True, 2, cuda.LIMITS)
     assert huge.span == huge.groups

@@ -118,7 +118,7 @@ def backward_plan(shape: Shape, dy_size: int, wants_dx: bool, wanted: int, limit
 
     ``wanted`` gradients of parameters are finished by the last blocks, 32 columns at a time.
     """
-    finishers = min(wanted * -(-shape.cols // 32), shape.processors)
+    finishers = min(wanted * -(-shape.cols // 32), 2 * shape.processors)
     if in_registers(shape.cols, shape.size, limits, backward=True):
         fields = _whole_rows(shape, 1 if shape.size == 8 else 2, 256, limits)
         block, groups = fields["block"], fields["block"] // fields["threads"]
@@ -149,8 +149,10 @@ def backward_plan(shape: Shape, dy_size: int, wants_dx: bool, wanted: int, limit
     lag = groups * chunks if in_turns else chunks - 1 + shape.processors
     if not wants_dx:  # nothing to wait for
         lag = 0
-    parts = groups // span
-    workers = lag + parts * chunks
+    tiles = groups // span * chunks  # of the second visit
+    workers = lag + tiles
+    # as many rows of sums as blocks are at one chunk at a time, two on each processor
+    parts = min(groups // span, -(-2 * shape.processors // chunks))
     return _plan(
         **fields, group=group, groups=groups, span=span, lag=lag, workers=workers, parts=parts,
         blocks=workers + finishers,
@@ -316,7 +318,8 @@ def layer_norm_backward(
         partials = torch.empty((M, plan.chunks, 2), dtype=wide, device=x.device)
         totals = torch.empty((M, 2), dtype=wide, device=x.device)
     if wanted or plan.ticket:
-        counters = launch.counters(x, 3 + plan.groups)
+        sums = plan.parts * plan.chunks if wanted else 0
+        counters = launch.counters(x, 3 + plan.groups + sums)
     dsum = None if dsum is None else dsum.contiguous()
     extension().layer_norm_backward(
         dx, dweight, dbias, x, dy, dsum, weight, bias, statistics,
