@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -41,15 +42,24 @@ def assert_same_gradients(alone, grouped):
             torch.testing.assert_close(other[name], gradient)
 
 
+class _Counted:
+    """An op that notes its calls, whatever way they go."""
+
+    def __init__(self, op, name, made):
+        self.op, self.name, self.made, self.way = op, name, made, op.way
+        self.by = {way: functools.partial(self.call, way) for way in op.by}
+
+    def call(self, way, *inputs):
+        self.made.append((self.name, len(inputs[0])))
+        return self.op.by[way](*inputs)
+
+    def __call__(self, *inputs):
+        return self.call(self.way(*inputs), *inputs)
+
+
 def counted_calls(monkeypatch):
     """A list that gets (op, layers) of every call of the op pair."""
     made = []
     for name in ("_forward", "_backward"):
-        op = getattr(family, name)
-
-        def counted(*inputs, op=op, name=name):
-            made.append((name, len(inputs[0])))
-            return op(*inputs)
-
-        monkeypatch.setattr(family, name, counted)
+        monkeypatch.setattr(family, name, _Counted(getattr(family, name), name, made))
     return made

@@ -20,11 +20,14 @@ class Computed(NamedTuple):
     w: Tensor
     v: Tensor
     g: Tensor
-    versions: tuple[int, int]  # of v and g then
+    v_version: int
+    g_version: int
 
     def serves(self, v: Tensor, g: Tensor) -> bool:
         """Whether it is what these tensors give, here and now."""
-        if v is not self.v or g is not self.g or (v._version, g._version) != self.versions:
+        if v is not self.v or g is not self.g:
+            return False
+        if v._version != self.v_version or g._version != self.g_version:
             return False
         if self.w.is_inference() and not torch.is_inference_mode_enabled():
             return False
@@ -51,6 +54,13 @@ class Running(threading.local):
             if computed is not None and computed.serves(v, g):
                 return computed.w
         return None
+
+    def read(self, parametrization: torch.nn.Module, v: Tensor, g: Tensor) -> Tensor | None:
+        """What :meth:`find` finds, as the present grad mode wants it."""
+        w = self.find(parametrization, v, g)
+        if w is None or torch.is_grad_enabled() or not w.requires_grad:
+            return w
+        return w.detach()
 
 
 running = Running()
@@ -104,9 +114,9 @@ class WeightNorm(parametrizations._WeightNorm):
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return _weight_norm(weight_v, weight_g, self.dim, self.eps)
-        w = running.find(self, weight_v, weight_g)
+        w = running.read(self, weight_v, weight_g)
         if w is not None:
-            return w if torch.is_grad_enabled() or not w.requires_grad else w.detach()
+            return w
         with unobserved_saving():
             return _weight_norm(weight_v, weight_g, self.dim, self.eps)
 

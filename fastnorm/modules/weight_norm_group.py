@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.weight_norm import WeightNorm as FormerWeightNorm
 
 from fastnorm import dispatch
 from fastnorm.modules.weight_norm import Call, Computed, WeightNorm, running, unobserved_saving
-from fastnorm.ops.weight_norm.group import weight_norm_group
+from fastnorm.modules.weight_norm_read import originals, read_alone, read_from_group
+from fastnorm.ops.weight_norm.group import on_one_device
 from fastnorm.surgery.edits import check_model, swap
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _PLAIN = (Tensor, nn.Parameter)
 _TORCHS = parametrizations._WeightNorm
+_VERSION = operator.attrgetter("_version")
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -45,7 +49,9 @@ class Group:
         call = Call(model, {})
         running.calls.append(call)
         # a replica of DataParallel has parametrizations of its own
-        if not dispatch.transformed() and not getattr(model, "_is_replica", False):
+        replica = getattr(model, "_is_replica", False)
+        # torch.fx puts proxies in the place of parameters
+        if not (replica or dispatch.transformed() or is_fx_symbolic_tracing()):
             self._compute(call.weights)
 
     def after(self, model: nn.Module, inputs: Any, output: Any) -> None:
@@ -56,27 +62,38 @@ class Group:
                 del running.calls[i]
                 break
 
-    def _compute(self, weights: dict[nn.Module, Computed]) -> None:
-        groups: dict[torch.device, list[tuple[WeightNorm, Tensor, Tensor]]] = {}
+    def _members(self) -> Iterator[tuple[WeightNorm, Tensor, Tensor]]:
+        """(parametrization, v, g) of every layer to be computed now."""
+        nested = len(running.calls) > 1
         for module, name in self.layers:
-            if not parametrize.is_parametrized(module, name):
+            # as attributes would find it, without nn.Module.__getattr__
+            chains = module._modules.get("parametrizations")
+            chain = None if chains is None else chains._modules.get(name)
+            if chain is None:
                 continue
-            chain: Any = module.parametrizations[name]  # type: ignore[index]
-            norm, g, v = chain[0], chain.original0, chain.original1
+            norm: Any = chain._modules["0"]
+            v, g = originals(chain)
             # DTensors, fake tensors and the like are not ours to group
-            plain = type(v) in _PLAIN and type(g) in _PLAIN and v.device == g.device
+            plain = type(v) in _PLAIN and type(g) in _PLAIN
             if not plain or not isinstance(norm, WeightNorm) or v.is_inference():
                 continue
-            if running.find(norm, v, g) is None:
-                groups.setdefault(v.device, []).append((norm, v, g))
-        for members in groups.values():
-            norms, v_of_each, g_of_each = zip(*members, strict=True)
+            if not (nested and running.find(norm, v, g) is not None):
+                yield norm, v, g
+
+    def _compute(self, weights: dict[nn.Module, Computed]) -> None:
+        members = list(self._members())
+        devices = {v.device for _, v, _ in members} | {g.device for _, _, g in members}
+        for device in devices:
+            here = members
+            if len(devices) > 1:
+                here = [x for x in members if x[1].device == x[2].device == device]
+            if not here:
+                continue
+            norms, v, g = zip(*here, strict=True)
             with unobserved_saving():
-                every = weight_norm_group(
-                    v_of_each, g_of_each, [x.dim for x in norms], [x.eps for x in norms]
-                )
-            for w, (norm, v, g) in zip(every, members, strict=True):
-                weights[norm] = Computed(w, v, g, (v._version, g._version))
+                w = on_one_device(v, g, [x.dim for x in norms], [x.eps for x in norms])
+            computed = map(Computed, w, v, g, map(_VERSION, v), map(_VERSION, g))
+            weights.update(zip(norms, computed, strict=True))
 
 
 def _forget_interrupted(model: nn.Module) -> None:
@@ -105,7 +122,10 @@ def ungroup(model: nn.Module) -> None:
     """Undo :func:`weight_norm_`: each layer computes its weight alone again."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), Group):
+            group = getattr(hook, "__self__", None)
+            if isinstance(group, Group):
+                for layer in group.layers:
+                    read_alone(*layer)
                 del hooks[key]
                 model._forward_hooks_always_called.pop(key, None)
 
@@ -187,4 +207,6 @@ def weight_norm_(model: _Model) -> _Model:
         model.register_forward_pre_hook(group.before)
         model.register_forward_hook(group.after, always_call=True)
     group.layers = [(module, name) for module, name, _ in layers]
+    for layer in group.layers:
+        read_from_group(*layer)
     return model

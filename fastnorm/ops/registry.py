@@ -56,9 +56,10 @@ class Op:
         self.tensors = sum("Tensor" in str(a.type) for a in overload._schema.arguments)
 
     def __call__(self, *inputs: Any) -> Any:
-        return self.by[self._way(inputs)](*inputs)
+        return self.by[self.way(*inputs)](*inputs)
 
-    def _way(self, inputs: tuple[Any, ...]) -> str:
+    def way(self, *inputs: Any) -> str:
+        """How a call with these inputs is made; its tensors are enough."""
         if torch.compiler.is_compiling():
             return dispatch.DISPATCHER
         tensors = inputs[: self.tensors]
@@ -88,7 +89,7 @@ def register(family: str, name: str, schema: str, outputs: Callable[..., Any]) -
 
 
 def applied(function: type[torch.autograd.Function]) -> dict[str, Callable[..., Any]]:
-    """What calls a Function whose forward takes, last of all, the way to its op: by that way."""
+    """What calls a Function whose forward takes the way to its op: by that way."""
     # without what apply does at every call for torch.func, whose tensors never go straight to a
     # backend (dispatch.way)
     straight = super(torch.autograd.Function, function).apply  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from typing import Any
 
 import torch
@@ -12,16 +13,26 @@ from torch import Tensor
 from fastnorm.ops import launch
 from fastnorm.ops.extension import extension
 from fastnorm.ops.weight_norm import backward_outputs, forward_outputs, group
-from fastnorm.ops.weight_norm.reference import WHOLE, canonical, promoted
+from fastnorm.ops.weight_norm.reference import WHOLE, canonical
 
-# of a layer: v's shape, dim (WHOLE: one norm of all), eps (0: none), the dtypes of w, v and g
-Layer = tuple[torch.Size, int, float, torch.dtype, torch.dtype, torch.dtype]
+_SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
 
 
+# a tuple of each fact, made by map, and not one of each layer: it is looked up at every call
 @functools.lru_cache(maxsize=4096)
-def _plan(layers: tuple[Layer, ...], processors: int) -> Any:
-    """The extension's plan for these layers."""
-    sizes = [(*canonical(shape, dim), eps, *dtypes) for shape, dim, eps, *dtypes in layers]
+def _plan(
+    shapes: tuple[torch.Size, ...],
+    dim: tuple[int, ...],
+    eps: tuple[float, ...],
+    v_dtypes: tuple[torch.dtype, ...],
+    g_dtypes: tuple[torch.dtype, ...],
+    processors: int,
+) -> Any:
+    """The extension's plan for layers of these v's; dim WHOLE: one norm of all; eps 0: none."""
+    sizes = [
+        (*canonical(shape, dim), eps, v if dim == WHOLE else torch.promote_types(v, g), v, g)
+        for shape, dim, eps, v, g in zip(shapes, dim, eps, v_dtypes, g_dtypes, strict=True)
+    ]
     return extension().WeightNormPlan(sizes, processors)
 
 
@@ -29,11 +40,14 @@ def _plan_of(
     v: list[Tensor], g: list[Tensor], dim: list[int], eps: list[float]
 ) -> tuple[Any, Tensor | None, Tensor | None]:
     """The plan, and the workspace and counters that it asks for."""
-    layers = tuple(
-        (v.shape, dim, eps, promoted(v, g), v.dtype, g.dtype)
-        for v, g, dim, eps in zip(v, g, dim, eps, strict=True)
+    plan = _plan(
+        tuple(map(_SHAPE, v)),
+        tuple(dim),
+        tuple(eps),
+        tuple(map(_DTYPE, v)),
+        tuple(map(_DTYPE, g)),
+        launch.processors(v[0].get_device()),
     )
-    plan = _plan(layers, launch.processors(v[0].get_device()))
     if not plan.counters:
         return plan, None, None
     partials = torch.empty(plan.partials, dtype=torch.float64, device=v[0].device)

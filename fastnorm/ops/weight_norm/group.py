@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastnorm import dispatch
-from fastnorm.ops.registry import by_formula, differentiable_backward, register
+from fastnorm.ops.registry import applied, by_formula, differentiable_backward, register
 from fastnorm.ops.weight_norm import check, normalized_dim, reference, weight_norm
 
 # the outputs, and what the ops look like to torch
@@ -21,12 +22,14 @@ def forward_outputs(
     v: list[Tensor], g: list[Tensor], dim: list[int], eps: list[float]
 ) -> tuple[list[Tensor], Tensor]:
     dtypes = [reference.promoted(v, g) for v, g in zip(v, g, strict=True)]
-    w = [
-        torch.empty_like(v, dtype=dtype, memory_format=torch.contiguous_format)
-        for v, dtype in zip(v, dtypes, strict=True)
-    ]
+    # without the way through autograd, which for parameters costs as much as the rest
+    with torch._C._AutoDispatchBelowAutograd():
+        w = [
+            torch.empty_like(v, dtype=dtype, memory_format=torch.contiguous_format)
+            for v, dtype in zip(v, dtypes, strict=True)
+        ]
     # the norms of all layers, one behind the other
-    return w, v[0].new_empty(sum(x.numel() for x in g), dtype=reference.wide(dtypes[0]))
+    return w, v[0].new_empty(sum(map(Tensor.numel, g)), dtype=reference.wide(dtypes[0]))
 
 
 def backward_outputs(
@@ -66,16 +69,18 @@ class WeightNormGroupFunction(torch.autograd.Function):
     """Every w = g * v / ||v||; a layer whose w was not used gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, dim: list[int], eps: list[float], *v_and_g: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, dim: list[int], eps: list[float], way: str, *v_and_g: Tensor
+    ) -> tuple[Tensor, ...]:
         v, g = list(v_and_g[: len(dim)]), list(v_and_g[len(dim) :])
-        w, norm = _forward(v, g, dim, eps)
+        w, norm = _forward.by[way](v, g, dim, eps)
         ctx.dim, ctx.eps = dim, eps
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*v, *g, norm)
-        needs = ctx.needs_input_grad[2:]
-        ctx.mark_non_differentiable(
-            *(w for w, *needed in zip(w, needs, needs[len(dim) :], strict=False) if not any(needed))
-        )
+        needs = ctx.needs_input_grad[3:]
+        if not all(needs):
+            each = zip(w, needs, needs[len(dim) :], strict=False)
+            ctx.mark_non_differentiable(*(w for w, *needed in each if not any(needed)))
         return tuple(w)
 
     @staticmethod
@@ -96,7 +101,7 @@ class WeightNormGroupFunction(torch.autograd.Function):
                 )
         elif used:
             begin = list(itertools.accumulate((x.numel() for x in g), initial=0))
-            needs = ctx.needs_input_grad[2:]
+            needs = ctx.needs_input_grad[3:]
             dv, dg = _backward(
                 [v[i] for i in used],
                 [g[i] for i in used],
@@ -110,24 +115,59 @@ class WeightNormGroupFunction(torch.autograd.Function):
                 gradients[i] = x
             for i, x in zip((i for i in used if needs[count + i]), dg, strict=True):
                 gradients[count + i] = x
-        return None, None, *gradients
+        return None, None, None, *gradients
 
 
-@functools.lru_cache(maxsize=4096)
-def _checked(
-    v_shape: torch.Size,
-    g_shape: torch.Size,
-    v_dtype: torch.dtype,
-    g_dtype: torch.dtype,
-    dim: int | None,
-) -> tuple[int, torch.dtype]:
-    """What sizes and dtypes decide, once they are found right: dim as the op takes it, and the type
-    of computation."""
-    v = torch.empty(v_shape, dtype=v_dtype, device="meta")
-    g = torch.empty(g_shape, dtype=g_dtype, device="meta")
-    own = normalized_dim(v.dim(), dim)
-    check(v, g, own)
-    return reference.WHOLE if own is None else own, reference.wide(reference.promoted(v, g))
+_apply = applied(WeightNormGroupFunction)
+
+
+class Part(NamedTuple):
+    """Layers that one call computes, and what it takes."""
+
+    layers: list[int]
+    dim: list[int]
+    eps: list[float]
+    elements: int
+
+
+class Parts(NamedTuple):
+    """How the layers of a group are computed."""
+
+    empty: list[int]  # layers
+    calls: list[Part]
+
+
+@functools.lru_cache(maxsize=64)
+def _parts(
+    v_shapes: tuple[torch.Size, ...],
+    g_shapes: tuple[torch.Size, ...],
+    v_dtypes: tuple[torch.dtype, ...],
+    g_dtypes: tuple[torch.dtype, ...],
+    dims: tuple[int | None, ...],
+    epsilons: tuple[float | None, ...],
+) -> Parts:
+    """What sizes and dtypes decide, once they are found right."""
+    parts = Parts([], [])
+    of: dict[torch.dtype, list[tuple[int, int, float, int]]] = {}  # by the type of computation
+    layers = zip(v_shapes, g_shapes, v_dtypes, g_dtypes, dims, epsilons, strict=True)
+    for i, (v_shape, g_shape, v_dtype, g_dtype, dim, eps) in enumerate(layers):
+        if v_shape.numel() == 0:
+            parts.empty.append(i)
+            continue
+        v = torch.empty(v_shape, dtype=v_dtype, device="meta")
+        g = torch.empty(g_shape, dtype=g_dtype, device="meta")
+        own = normalized_dim(v.dim(), dim)
+        check(v, g, own)
+        wide = reference.wide(reference.promoted(v, g))
+        place = reference.WHOLE if own is None else own
+        of.setdefault(wide, []).append((i, place, eps or 0.0, v.numel()))
+    for members in of.values():
+        indices, places, bounds, elements = map(list, zip(*members, strict=True))
+        parts.calls.append(Part(indices, places, bounds, sum(elements)))
+    return parts
+
+
+_SHAPE, _DTYPE, _DEVICE = map(operator.attrgetter, ("shape", "dtype", "device"))
 
 
 def weight_norm_group(
@@ -141,36 +181,60 @@ def weight_norm_group(
     One call and one autograd node where a kernel of ours serves; each by itself where torch's own
     function does. Layers that are computed in fp64 and those in fp32 make two calls.
     """
-    devices = {x.device for x in itertools.chain(v, g)}
+    devices = set(map(_DEVICE, itertools.chain(v, g)))
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise RuntimeError(f"expected all layers on the same device, and they are on {names}")
-    found: dict[int, Tensor] = {}
-    groups: dict[torch.dtype, list[tuple[int, int]]] = {}  # of (layer, its dim)
-    for i, (x, scale) in enumerate(zip(v, g, strict=True)):
-        if x.numel() == 0:
-            found[i] = weight_norm(x, scale, dim[i], eps[i])
+    return on_one_device(v, g, dim, eps)
+
+
+def on_one_device(
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    dim: Sequence[int | None],
+    eps: Sequence[float | None],
+) -> list[Tensor]:
+    """:func:`weight_norm_group` of tensors whose devices have been looked at."""
+    empty, calls = _parts(
+        tuple(map(_SHAPE, v)),
+        tuple(map(_SHAPE, g)),
+        tuple(map(_DTYPE, v)),
+        tuple(map(_DTYPE, g)),
+        tuple(dim),
+        tuple(eps),
+    )
+    found = {i: weight_norm(v[i], g[i], dim[i], eps[i]) for i in empty}
+    for part in calls:
+        one = [v[i] for i in part.layers]
+        other = [g[i] for i in part.layers]
+        if _each_alone(one, part.elements):
+            found |= {i: weight_norm(v[i], g[i], dim[i], eps[i]) for i in part.layers}
         else:
-            own, wide = _checked(x.shape, scale.shape, x.dtype, scale.dtype, dim[i])
-            groups.setdefault(wide, []).append((i, own))
-    for members in groups.values():
-        indices, dims = map(list, zip(*members, strict=True))
-        if _each_alone([v[i] for i in indices]):
-            found |= {i: weight_norm(v[i], g[i], dim[i], eps[i]) for i in indices}
-            continue
-        every = WeightNormGroupFunction.apply(  # type: ignore[no-untyped-call]
-            dims,
-            [eps[i] or 0.0 for i in indices],
-            *[v[i].contiguous() for i in indices],
-            *[g[i].contiguous() for i in indices],
-        )
-        found |= dict(zip(indices, every, strict=True))
+            every = _together(_without_gaps(one), _without_gaps(other), part.dim, part.eps)
+            found |= dict(zip(part.layers, every, strict=True))
     return [found[i] for i in range(len(v))]
 
 
-def _each_alone(v: list[Tensor]) -> bool:
+def _without_gaps(tensors: list[Tensor]) -> list[Tensor]:
+    if all(map(Tensor.is_contiguous, tensors)):
+        return tensors
+    return [x.contiguous() for x in tensors]
+
+
+def _together(
+    v: list[Tensor], g: list[Tensor], dim: list[int], eps: list[float]
+) -> Sequence[Tensor]:
+    way = _forward.way(v, g)
+    if not torch.is_grad_enabled():
+        w: list[Tensor] = _forward.by[way](v, g, dim, eps)[0]
+        return w
+    every: tuple[Tensor, ...] = _apply[way](dim, eps, way, *v, *g)
+    return every
+
+
+def _each_alone(v: list[Tensor], elements: int) -> bool:
     """Whether torch's own function serves these layers, or the smallest of them where each takes a
     launch."""
     if dispatch.select("weight_norm", v[0]) == "cuda":
-        return dispatch.way("weight_norm", v[0], elements=sum(x.numel() for x in v)) is None
+        return dispatch.way("weight_norm", v[0], elements=elements) is None
     return any(dispatch.way("weight_norm", x) is None for x in v)

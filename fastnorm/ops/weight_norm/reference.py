@@ -19,7 +19,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def promoted(v: Tensor, g: Tensor) -> torch.dtype:
     """torch.result_type of floating-point v and g, which Dynamo cannot trace in torch.export."""
-    return torch.promote_types(v.dtype, g.dtype) if g.dim() > 0 else v.dtype
+    if v.dtype == g.dtype or g.dim() == 0:
+        return v.dtype
+    return torch.promote_types(v.dtype, g.dtype)
 
 
 def canonical(shape: torch.Size, dim: int | None) -> tuple[int, int, int]:
