@@ -122,7 +122,7 @@ MODELS = {
     resnet: (11, 5),
     resnet_bottleneck: (9, 5),
     efficientnet: (20, 6),
-    convnext: (3, 0),
+    convnext: (7, 0),
     vit: (7, 0),
     bert: (7, 4),
     gpt2: (7, 0),
