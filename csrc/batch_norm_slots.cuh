@@ -105,7 +105,7 @@ struct Lane {
 
 // 16 bytes that lie across two aligned ones, both of which may be read.
 template <class T>
-__device__ __forceinline__ Vector<T> load_across(const T* p) {
+__device__ __forceinline__ uint4 load_across(const T* p) {
     const T* from = p - misalignment(p);
     const uint4 a = *reinterpret_cast<const uint4*>(from);
     const uint4 b = *reinterpret_cast<const uint4*>(from + Vector<T>::size);
@@ -119,9 +119,7 @@ __device__ __forceinline__ Vector<T> load_across(const T* p) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
     }
-    Vector<T> v;
-    memcpy(&v, w, 16);
-    return v;
+    return {w[0], w[1], w[2], w[3]};
 }
 
 // The elements of a slot that exist, zero for the others.
@@ -129,13 +127,18 @@ template <class T>
 __device__ __forceinline__ Vector<T> load_part(const T* p, const Slot& s) {
     constexpr int V = Vector<T>::size;
     const int before = misalignment(p);  // elements, of the first of two aligned vectors
-    if (s.low >= before && s.left + before >= 2 * V) return load_across(p);
-    const unsigned elements = s.elements<V>();
-    Vector<T> v = {};
+    uint4 raw;
+    if (s.low >= before && s.left + before >= 2 * V) {
+        raw = load_across(p);
+    } else {
+        const unsigned elements = s.elements<V>();
+        Vector<T> v = {};
 #pragma unroll
-    for (int j = 0; j < V; ++j)
-        if (elements & 1u << j) v.v[j] = p[j];
-    return v;
+        for (int j = 0; j < V; ++j)
+            if (elements & 1u << j) v.v[j] = p[j];
+        raw = as_words(v);
+    }
+    return as_vector<T>(raw);
 }
 
 template <class T>

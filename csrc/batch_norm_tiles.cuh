@@ -253,15 +253,17 @@ struct Tile {
             const long c = long(group) * p.channels + column;
             const unsigned n = quotient(i, p.row);
             const long rest = long(i - n * p.row.divisor) * kVector + j;
-            Vector<T> v = {};
+            uint4 raw = {0, 0, 0, 0};
             if (i < p.positions && rest < s.S && c < s.C) {
                 const T* begin = x + n * s.x_stride_n + rest * s.x_stride_s + c;
                 const long left = s.C - c;
                 const Slot channels = {0, 0, int(min(c, long(kVector))),
                                        int(min(left, long(kVector) * 2))};
-                v = left >= kVector && misalignment(begin) == 0 ? load_vector(begin)
-                                                                : load_part(begin, channels);
+                raw = left >= kVector && misalignment(begin) == 0
+                          ? *reinterpret_cast<const uint4*>(begin)
+                          : as_words(load_part(begin, channels));
             }
+            const Vector<T> v = as_vector<T>(raw);
             const int index = position & (threads - 1), round = index >> bits(p.lanes);
             Vector<T>* to = rows(h, 0) + (position >> bits(threads)) * p.pitch;
 #pragma unroll

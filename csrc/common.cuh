@@ -76,6 +76,22 @@ __device__ __forceinline__ Vector<T> load_vector(const T* p) {
     return v;
 }
 
+template <class T>
+__device__ __forceinline__ Vector<T> as_vector(uint4 raw) {
+    // whole registers up to here: where branches meet, halves would be merged one by one, which
+    // waits for a load as soon as it is issued
+    forget(raw);
+    Vector<T> v;
+    memcpy(&v, &raw, 16);
+    return v;
+}
+template <class T>
+__device__ __forceinline__ uint4 as_words(const Vector<T>& v) {
+    uint4 raw;
+    memcpy(&raw, &v, 16);
+    return raw;
+}
+
 // All elements of a vector, wide.
 template <class T>
 __device__ __forceinline__ void widen(const Vector<T>& v, Wide<T> (&wide)[Vector<T>::size]) {

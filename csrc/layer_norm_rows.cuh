@@ -19,22 +19,6 @@ constexpr Dtype dtype_of = std::is_same_v<T, double>          ? Dtype::float64
 
 // ---- 16 bytes anywhere --------------------------------------------------------------------------
 
-template <class T>
-__device__ __forceinline__ Vector<T> as_vector(uint4 raw) {
-    // whole registers up to here: where branches meet, halves would be merged one by one, which
-    // waits for a load as soon as it is issued
-    fastnorm::forget(raw);
-    Vector<T> v;
-    memcpy(&v, &raw, 16);
-    return v;
-}
-template <class T>
-__device__ __forceinline__ uint4 as_words(const Vector<T>& v) {
-    uint4 raw;
-    memcpy(&raw, &v, 16);
-    return raw;
-}
-
 // The 16 of 32 bytes that begin at `bytes`, 0 to 16, of elements of type T.
 template <class T>
 __device__ __forceinline__ uint4 realign(const uint4& low, const uint4& high, int bytes) {

@@ -156,18 +156,22 @@ __device__ __forceinline__ void load(const void* data, Dtype dtype, const Share&
                 x[i] = s.length(i) > 0 ? static_cast<W>(widen(p[i * s.stride])) : W(0);
             return;
         }
-        Vector<T> raw[kHeld<W> / kVector];
+        uint4 raw[kHeld<W> / kVector];
 #pragma unroll
         for (int i = 0; i < kUnits<W>; ++i, p += s.stride) {
 #pragma unroll
             for (int j = 0; j < kUnit; j += kVector) {
                 auto& vector = raw[(i * kUnit + j) / kVector];
-                vector = j < s.length(i) ? load_vector(p + j) : Vector<T>{};
+                vector = {0, 0, 0, 0};
+                if (j < s.length(i)) vector = *reinterpret_cast<const uint4*>(p + j);
             }
         }
 #pragma unroll
-        for (int i = 0; i < kHeld<W>; ++i)
-            x[i] = static_cast<W>(widen(raw[i / kVector].v[i % kVector]));
+        for (int i = 0; i < kHeld<W>; i += kVector) {
+            const Vector<T> v = as_vector<T>(raw[i / kVector]);
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) x[i + j] = static_cast<W>(widen(v.v[j]));
+        }
     });
 }
 
