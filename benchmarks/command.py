@@ -11,12 +11,12 @@ from pathlib import Path
 from benchmarks import report, resume, runner, schema, suites
 from benchmarks.environment import ROOT, environment
 from benchmarks.jobs import Job, plan
-from benchmarks.models import MODELS
 from benchmarks.prepare import prepare
 from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
 from benchmarks.refused import Refused, device_of
 from benchmarks.worker import WorkerDied
+from benchmarks.zoo import MODELS
 
 GPU_BUDGET, CPU_BUDGET = 480.0, 45.0
 FILTERS = ("op", "variant", "layout", "dtype")

@@ -15,10 +15,10 @@ from typing import Protocol
 from benchmarks import models
 from benchmarks.calls import Provider
 from benchmarks.measure import Bench, blank
-from benchmarks.models import Model
 from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
 from benchmarks.schema import Row
+from benchmarks.zoo import MODELS, PURE, Model
 
 FAST_S, SLOW_S = 60.0, 150.0  # a job that takes longer hangs, and is ended
 COMPILED_S = 300.0  # a model is compiled twice: for its check and for its steps
@@ -101,7 +101,7 @@ class ModelJob:
 
     @property
     def model(self) -> Model:
-        return models.MODELS[self.name]
+        return MODELS[self.name]
 
     @property
     def rank(self) -> float:
@@ -133,10 +133,12 @@ def plan(
         if any(PROVIDERS[name].serves(problem, mode) for mode in problem.modes)
     ]
     jobs += [
-        ModelJob(model.name, name, device)
+        ModelJob(model.variant, name, device)
         for model in chosen
         for name in models.PROVIDERS
         # the steps of our surgery are one provider of the command line
         if (name if name in names else name.removesuffix("-replaced")) in names
+        # on a CPU everything is fp32: such a row would not be what it is called
+        if device != "cpu" or model.precision != PURE
     ]
     return sorted(jobs, key=lambda job: job.rank)

@@ -1,18 +1,11 @@
-"""Training steps of whole models, before and after our surgery: throughput and peak memory.
-
-torchvision's, timm's or transformers' model where one of them is installed, with random weights;
-else a small one of our own. The row says which.
-"""
+"""Training steps of whole models, before and after our surgery: throughput and peak memory."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import gc
-import importlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,114 +15,18 @@ from benchmarks import timing
 from benchmarks.correctness import SAME
 from benchmarks.measure import first_line
 from benchmarks.schema import Row
-from benchmarks.vocoder import Vocoder
-from fastnorm.demo import own_resnet
+from benchmarks.zoo import AUTOCAST, PURE, Model
 
 PROVIDERS = ("torch", "fastnorm-replaced", "fastnorm", "torch.compile")
 STEPS, WARMUP = 20, 5
 CHECKED = 2  # samples of the batch on which a model is checked in fp64
+CORNER = 64  # voxels a side
 ROUNDING, FP64_ROUNDING = 1e-4, 1e-6  # of the gradients of a whole model in fp32, in fp64
-CLASSES = 1000
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model and what it is trained on; `sources` names its builders, the best first."""
-
-    name: str
-    sources: tuple[tuple[str, Callable[[], nn.Module]], ...]
-    shape: tuple[int, ...]  # on a GPU
-    cpu_shape: tuple[int, ...]
-    layout: str = "nhwc"  # of images: channels_last is how people train them
-    dtype: str = "bfloat16"  # of autocast; on a CPU everything is fp32
-    tokens: bool = False
-    importance: float = 1.8
-
-    def build(self) -> tuple[str, nn.Module]:
-        """(where it is from, the model): the first source that is installed."""
-        for source, make in self.sources:
-            # a torchvision built for another torch fails with RuntimeError when it is imported
-            with contextlib.suppress(ImportError, AttributeError, RuntimeError):
-                return source, make()
-        raise ImportError(f"none of {', '.join(name for name, _ in self.sources)} is installed")
-
-
-def _of(package: str, name: str, *arguments: Any, **options: Any) -> Callable[[], Any]:
-    """Import a package when the model is wanted, and call one of its functions."""
-    return lambda: getattr(importlib.import_module(package), name)(*arguments, **options)
-
-
-def _transformers(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        transformers = importlib.import_module("transformers")
-        made: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**options))
-        return made
-
-    return make
-
-
-_IMAGE, _SMALL = (128, 3, 224, 224), (4, 3, 64, 64)
-_VIT = {"num_labels": CLASSES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-MODELS: dict[str, Model] = {
-    model.name: model
-    for model in (
-        Model(
-            "resnet50",
-            (
-                ("torchvision", _of("torchvision.models", "resnet50")),
-                ("timm", _of("timm", "create_model", "resnet50")),
-                ("transformers", _transformers("ResNetForImageClassification", "ResNetConfig")),
-                ("our own ResNet of ten layers", own_resnet),
-            ),
-            _IMAGE, _SMALL, importance=0.8,
-        ),
-        Model(
-            "efficientnet_b0",
-            (
-                ("torchvision", _of("torchvision.models", "efficientnet_b0")),
-                ("timm", _of("timm", "create_model", "efficientnet_b0")),
-                (
-                    "transformers",
-                    _transformers(
-                        "EfficientNetForImageClassification", "EfficientNetConfig",
-                        image_size=224, width_coefficient=1.0, depth_coefficient=1.0,
-                        hidden_dim=1280,
-                    ),
-                ),
-            ),
-            _IMAGE, _SMALL, importance=0.8,
-        ),
-        Model(
-            "convnext_tiny",
-            (
-                ("torchvision", _of("torchvision.models", "convnext_tiny")),
-                ("timm", _of("timm", "create_model", "convnext_tiny")),
-                ("transformers", _transformers("ConvNextForImageClassification", "ConvNextConfig")),
-            ),
-            (64, 3, 224, 224), _SMALL,
-        ),
-        Model(
-            "vit_b_16",
-            (
-                ("torchvision", _of("torchvision.models", "vit_b_16")),
-                ("timm", _of("timm", "create_model", "vit_base_patch16_224")),
-                ("transformers", _transformers("ViTForImageClassification", "ViTConfig", **_VIT)),
-            ),
-            (64, 3, 224, 224), (1, 3, 224, 224), layout="nchw",
-        ),
-        Model(
-            "bert_base",
-            (("transformers", _transformers("BertModel", "BertConfig")),),
-            (32, 128), (1, 32), layout="rows", tokens=True,
-        ),
-        Model(
-            "hifigan_v1",
-            (("our own generator in the style of HiFi-GAN V1", Vocoder),),
-            (16, 80, 32), (1, 80, 4), layout="nchw", dtype="float32", importance=0.9,
-        ),
-    )
-}  # fmt: skip
+def few(x: Tensor) -> Tensor:
+    """What a model is checked on in fp64: a few samples, of volumes the corner."""
+    return x[:CHECKED] if x.dim() < 5 else x[:CHECKED, :, :CORNER, :CORNER, :CORNER].contiguous()
 
 
 def _shape(model: Model, device: str) -> tuple[int, ...]:
@@ -139,7 +36,7 @@ def _shape(model: Model, device: str) -> tuple[int, ...]:
 def blank(model: Model, provider: str, device: str, note: str = "", ok: bool = True) -> Row:
     """A row of a model with nothing measured yet."""
     return Row(
-        op="model", variant=model.name, mode="step", shape=list(_shape(model, device)),
+        op="model", variant=model.variant, mode="step", shape=list(_shape(model, device)),
         layout=model.layout, dtype="float32" if device == "cpu" else model.dtype,
         provider=provider, ok=ok, note=note,
     )  # fmt: skip
@@ -149,8 +46,18 @@ def _inputs(model: Model, device: str) -> Tensor:
     shape = _shape(model, device)
     if model.tokens:
         return torch.randint(0, 30000, shape, device=device)
-    x = torch.randn(shape, device=device)
-    return x.to(memory_format=torch.channels_last) if model.layout == "nhwc" else x
+    x = torch.randn(shape, device=device, dtype=_parameters(model, device))
+    return x.to(memory_format=_format(x)) if model.layout == "nhwc" else x
+
+
+def _parameters(model: Model, device: str) -> torch.dtype:
+    pure = model.precision == PURE and device != "cpu"
+    return torch.bfloat16 if pure else torch.float32
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """Channels last, of images or of volumes."""
+    return torch.channels_last_3d if x.dim() == 5 else torch.channels_last
 
 
 def _surgery(module: nn.Module, provider: str) -> str:
@@ -248,14 +155,14 @@ def rows(model: Model, provider: str, device: str) -> Iterator[Row]:
 def _row(model: Model, provider: str, device: str) -> Row:
     torch.manual_seed(0)
     source, module = model.build()
-    module = _initialised(module).to(device).train()
+    x = _inputs(model, device)
+    module = _initialised(module).to(device, _parameters(model, device)).train()
     row = blank(model, provider, device, source)
     if model.layout == "nhwc":
-        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = _inputs(model, device)
-    half = device != "cpu" and model.dtype != "float32"
+        module = module.to(memory_format=_format(x))  # type: ignore[call-overload]
+    half = device != "cpu" and model.precision == AUTOCAST
     if provider != "torch":
-        row.error, row.torch_error, in_fp64 = _check(module, provider, x[:CHECKED], half)
+        row.error, row.torch_error, in_fp64 = _check(module, provider, few(x), half)
         if not (row.error <= SAME * row.torch_error + ROUNDING and in_fp64 <= FP64_ROUNDING):
             row.ok = False
             row.note = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks import models
 from benchmarks.correctness import SAME
-from benchmarks.jobs import ModelJob
-from benchmarks.models import MODELS
+from benchmarks.jobs import ModelJob, plan
+from benchmarks.unet import UNet3d
+from benchmarks.zoo import MODELS
 from fastnorm.demo import own_resnet
 
 MODEL = replace(MODELS["resnet50"], sources=(("our own", own_resnet),), cpu_shape=(2, 3, 16, 16))
@@ -112,3 +114,51 @@ def test_a_compiled_model_has_time_to_compile_twice() -> None:
 def test_a_model_of_which_no_source_is_installed() -> None:
     (row,) = models.rows(replace(MODELS["bert_base"], sources=()), "torch", "cpu")
     assert not row.ok
+
+
+def test_precisions_and_layouts_are_rows_of_their_own() -> None:
+    rows = [models.blank(model, "torch", "cuda") for model in MODELS.values()]
+    assert len({row.key for row in rows}) == len(MODELS)
+    assert {row.variant for row in rows} == set(MODELS)
+    resnets = [(r.variant, r.layout, r.dtype) for r in rows if r.variant.startswith("resnet50")]
+    assert resnets == [
+        ("resnet50", "nhwc", "bfloat16"),
+        ("resnet50_bf16", "nhwc", "bfloat16"),
+        ("resnet50_nchw", "nchw", "bfloat16"),
+        ("resnet50_nchw_bf16", "nchw", "bfloat16"),
+    ]
+    assert len({(row.shape[1], len(row.shape)) for row in rows}) > 2
+    on_cpu = {str(job) for job in plan([], MODELS.values(), ["torch"], "cpu")}
+    assert "model resnet50 torch" in on_cpu
+    assert "model resnet50_bf16 torch" not in on_cpu  # it would be fp32
+
+
+def test_a_model_in_pure_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_parameters", lambda model, device: torch.bfloat16)
+    seen: list[set[torch.dtype]] = []
+    steps = models.timing.step_time
+
+    def timed(step: Callable[[], None], *given: Any) -> Any:
+        assert step.__closure__ is not None
+        cells = [cell.cell_contents for cell in step.__closure__]
+        (module,) = (cell for cell in cells if isinstance(cell, nn.Module))
+        seen.append({p.dtype for p in module.parameters()})
+        return steps(step, *given)
+
+    monkeypatch.setattr(models.timing, "step_time", timed)
+    (row,) = models.rows(replace(MODEL, precision="bfloat16"), "fastnorm", "cpu")
+    assert row.ok, row.note
+    assert seen == [{torch.bfloat16}]
+    assert row.torch_error is not None and row.torch_error > 1e-3  # of bf16
+
+
+def test_a_step_of_a_volume() -> None:
+    small = (("our own", partial(UNet3d, 4)),)
+    model = replace(MODELS["unet_3d"], sources=small, cpu_shape=(2, 1, 16, 8, 8), layout="nhwc")
+    x = models._inputs(model, "cpu")
+    assert x.is_contiguous(memory_format=torch.channels_last_3d)
+    assert UNet3d(4)(x).shape == (2, 3, 16, 8, 8)
+    (row,) = models.rows(model, "fastnorm", "cpu")
+    assert row.ok, row.note
+    assert row.note == "our own; replace_ changed 14, fuse_ 28"
+    assert models.few(torch.empty(3, 1, 65, 70, 66)).shape == (2, 1, 64, 64, 64)
