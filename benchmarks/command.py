@@ -32,7 +32,9 @@ def jobs_of(chosen: argparse.Namespace, device: str) -> list[Job]:
     def wanted(p: Problem) -> bool:
         return all(getattr(p, name) in values for name, values in asked.items())
 
-    models = list(MODELS.values()) if suites.MODELS in chosen.suite else []
+    if chosen.model and suites.MODELS not in chosen.suite:
+        raise Refused(f"--model chooses among those of --suite {suites.MODELS}")
+    models = [MODELS[name] for name in chosen.model or MODELS if suites.MODELS in chosen.suite]
     if (chosen.op and "model" not in chosen.op) or chosen.variant or chosen.layout:
         models = []
     jobs = plan(filter(wanted, problems), models, chosen.providers or PROVIDERS, device)

@@ -12,16 +12,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmarks import models
+from benchmarks import largest, models
 from benchmarks.calls import Provider
+from benchmarks.largest import LargestJob
 from benchmarks.measure import Bench, blank
 from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
+from benchmarks.report.lines import COMPILED, is_compiled
 from benchmarks.schema import Row
 from benchmarks.zoo import MODELS, PURE, Model
 
 FAST_S, SLOW_S = 60.0, 150.0  # a job that takes longer hangs, and is ended
-COMPILED_S = 300.0  # a model is compiled twice: for its check and for its steps
+COMPILED_S = 300.0  # a model with dropout is compiled twice: for its check and for its steps
 
 
 class Job(Protocol):
@@ -97,7 +99,7 @@ class ModelJob:
 
     @property
     def limit_s(self) -> float:
-        return COMPILED_S if self.provider_name == "torch.compile" else SLOW_S
+        return COMPILED_S if is_compiled(self.provider_name) else SLOW_S
 
     @property
     def model(self) -> Model:
@@ -105,7 +107,7 @@ class ModelJob:
 
     @property
     def rank(self) -> float:
-        return self.model.importance + (5.0 if self.provider_name == "torch.compile" else 0.0)
+        return self.model.importance + (5.0 if is_compiled(self.provider_name) else 0.0)
 
     def missing(self, device: str) -> str | None:
         return None
@@ -121,11 +123,19 @@ class ModelJob:
         return f"model {self.name} {self.provider_name}"
 
 
+def _asked(name: str, names: list[str]) -> bool:
+    """Whether the command line asks for a provider of models: the steps of our surgery are one of
+    its providers, and compiled where torch is."""
+    eager = name.removesuffix(COMPILED)
+    asked = eager in names or eager.removesuffix("-replaced") in names
+    return asked and (eager == name or "torch.compile" in names)
+
+
 def plan(
     problems: Iterable[Problem], chosen: Iterable[Model], providers: Iterable[str], device: str
 ) -> list[Job]:
     """Every job of these problems and models, in the order in which to run them."""
-    names = list(providers)
+    names, chosen = list(providers), list(chosen)
     jobs: list[Job] = [
         OpJob(problem, name)
         for problem in problems
@@ -136,9 +146,14 @@ def plan(
         ModelJob(model.variant, name, device)
         for model in chosen
         for name in models.PROVIDERS
-        # the steps of our surgery are one provider of the command line
-        if (name if name in names else name.removesuffix("-replaced")) in names
+        if _asked(name, names)
         # on a CPU everything is fp32: such a row would not be what it is called
         if device != "cpu" or model.precision != PURE
+    ]
+    jobs += [
+        LargestJob(model.variant, name, device)
+        for model in chosen
+        for name in largest.PROVIDERS
+        if name in names and model.variant in largest.CHOSEN and device != "cpu"
     ]
     return sorted(jobs, key=lambda job: job.rank)
