@@ -16,6 +16,7 @@ from benchmarks.prepare import add_prepare
 from benchmarks.problems import DTYPES
 from benchmarks.providers import PROVIDERS
 from benchmarks.schema import LAYOUTS
+from benchmarks.zoo import MODELS
 
 
 def several(choices: Sequence[str]) -> Callable[[str], list[str]]:
@@ -69,6 +70,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     names("--variant", tuple(dict.fromkeys(v for op in OPS.values() for v in op.variants)), None)
     names("--layout", LAYOUTS, None)
     names("--dtype", tuple(DTYPES), None)
+    names("--model", tuple(MODELS), None)
     slow = ", ".join(provider.name for provider in PROVIDERS.values() if provider.slow)
     later = f". Measured after the others, when a clock may have moved: {slow}"
     names("--providers", tuple(PROVIDERS), None, later)

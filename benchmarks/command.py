@@ -11,12 +11,12 @@ from pathlib import Path
 from benchmarks import report, resume, runner, schema, suites
 from benchmarks.environment import ROOT, environment
 from benchmarks.jobs import Job, plan
-from benchmarks.models import MODELS
 from benchmarks.prepare import prepare
 from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
 from benchmarks.refused import Refused, device_of
 from benchmarks.worker import WorkerDied
+from benchmarks.zoo import MODELS
 
 GPU_BUDGET, CPU_BUDGET = 480.0, 45.0
 FILTERS = ("op", "variant", "layout", "dtype")
@@ -32,7 +32,9 @@ def jobs_of(chosen: argparse.Namespace, device: str) -> list[Job]:
     def wanted(p: Problem) -> bool:
         return all(getattr(p, name) in values for name, values in asked.items())
 
-    models = list(MODELS.values()) if suites.MODELS in chosen.suite else []
+    if chosen.model and suites.MODELS not in chosen.suite:
+        raise Refused(f"--model chooses among those of --suite {suites.MODELS}")
+    models = [MODELS[name] for name in chosen.model or MODELS if suites.MODELS in chosen.suite]
     if (chosen.op and "model" not in chosen.op) or chosen.variant or chosen.layout:
         models = []
     jobs = plan(filter(wanted, problems), models, chosen.providers or PROVIDERS, device)

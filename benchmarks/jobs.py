@@ -12,18 +12,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmarks import kernels, models
+from benchmarks import kernels, largest, models
 from benchmarks.calls import Provider
+from benchmarks.largest import LargestJob
 from benchmarks.measure import Bench, blank
-from benchmarks.models import Model
 from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
+from benchmarks.report.lines import COMPILED, is_compiled
 from benchmarks.schema import Row
+from benchmarks.zoo import MODELS, PURE, Model
 
 # a job that takes longer hangs, and is ended: one op that compiles little, a job of many
 # measurements, one that compiles or tunes
 ONE_S, FAST_S, SLOW_S = 20.0, 60.0, 150.0
-COMPILED_S = 300.0  # a model is compiled twice: for its check and for its steps
+COMPILED_S = 300.0  # a model with dropout is compiled twice: for its check and for its steps
 
 
 class Job(Protocol):
@@ -100,15 +102,15 @@ class ModelJob:
 
     @property
     def limit_s(self) -> float:
-        return COMPILED_S if self.provider_name == "torch.compile" else SLOW_S
+        return COMPILED_S if is_compiled(self.provider_name) else SLOW_S
 
     @property
     def model(self) -> Model:
-        return models.MODELS[self.name]
+        return MODELS[self.name]
 
     @property
     def rank(self) -> float:
-        return self.model.importance + (5.0 if self.provider_name == "torch.compile" else 0.0)
+        return self.model.importance + (5.0 if is_compiled(self.provider_name) else 0.0)
 
     def missing(self, device: str) -> str | None:
         return None
@@ -124,11 +126,19 @@ class ModelJob:
         return f"model {self.name} {self.provider_name}"
 
 
+def _asked(name: str, names: list[str]) -> bool:
+    """Whether the command line asks for a provider of models: the steps of our surgery are one of
+    its providers, and compiled where torch is."""
+    eager = name.removesuffix(COMPILED)
+    asked = eager in names or eager.removesuffix("-replaced") in names
+    return asked and (eager == name or "torch.compile" in names)
+
+
 def plan(
     problems: Iterable[Problem], chosen: Iterable[Model], providers: Iterable[str], device: str
 ) -> list[Job]:
     """Every job of these problems and models, in the order in which to run them."""
-    names = list(providers)
+    names, chosen = list(providers), list(chosen)
     jobs: list[Job] = [
         OpJob(problem, name)
         for problem in problems
@@ -136,10 +146,17 @@ def plan(
         if any(PROVIDERS[name].serves(problem, mode) for mode in problem.modes)
     ]
     jobs += [
-        ModelJob(model.name, name, device)
+        ModelJob(model.variant, name, device)
         for model in chosen
         for name in models.PROVIDERS
-        # the steps of our surgery are one provider of the command line
-        if (name if name in names else name.removesuffix("-replaced")) in names
+        if _asked(name, names)
+        # on a CPU everything is fp32: such a row would not be what it is called
+        if device != "cpu" or model.precision != PURE
+    ]
+    jobs += [
+        LargestJob(model.variant, name, device)
+        for model in chosen
+        for name in largest.PROVIDERS
+        if name in names and model.variant in largest.CHOSEN and device != "cpu"
     ]
     return sorted(jobs, key=lambda job: job.rank)

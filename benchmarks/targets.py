@@ -19,6 +19,7 @@ from benchmarks.report.lines import (
     Against,
     Line,
     against,
+    counterpart,
     geometric_mean,
     grouped,
     is_ours,
@@ -216,9 +217,10 @@ def _model(line: Line) -> Iterator[Target]:
         if name in MEMORY and line.memory is not None:
             yield Target("memory", MEMORY[name], line.memory, "x", at_most=True)
     for name, row in line.rows.items():
-        if is_ours(name) and timed(row):
-            what = "torch" if row is mine else f"torch, {name}"
-            yield from _speed(what, 1.0, against(row, torch))
+        other = line.rows.get(counterpart(name))
+        if is_ours(name) and timed(row) and other is not None and timed(other):
+            what = "torch" if row is mine else f"{other.provider}, {name}"
+            yield from _speed(what, 1.0, against(row, other))
 
 
 def verdict(line: Line, plain: Line | None = None) -> Verdict:

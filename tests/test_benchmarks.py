@@ -15,13 +15,13 @@ from benchmarks.calls import Call, Gradients, Provider
 from benchmarks.floors import floor_bytes
 from benchmarks.jobs import OpJob, plan
 from benchmarks.measure import Bench, Stage
-from benchmarks.models import MODELS
 from benchmarks.ops import OPS, Tensors
 from benchmarks.peers import Peer
 from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
 from benchmarks.small import every_kind
 from benchmarks.small import main as check_small
+from benchmarks.zoo import MODELS
 from tests.conftest import DEVICE
 
 # op, variant, shape, layout, dtype, forward, backward: counted by hand, tensor by tensor

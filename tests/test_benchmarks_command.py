@@ -20,6 +20,7 @@ from benchmarks.jobs import Job, OpJob
 from benchmarks.measure import blank
 from benchmarks.ops import Tensors
 from benchmarks.problems import Problem
+from benchmarks.refused import Refused
 from benchmarks.schema import Row
 from tests.conftest import HAS_TRITON
 
@@ -67,6 +68,14 @@ def test_nothing_to_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--device", "cuda", "--out", str(tmp_path / "r.json")]) == 2
     assert "torch sees no CUDA device here" in capsys.readouterr().err
+
+
+def test_some_of_the_models() -> None:
+    options = ["run", "--suite", "models", "--model", "resnet50,bert_base", "--providers", "torch"]
+    jobs = command.jobs_of(parser().parse_args(options), "cpu")
+    assert [str(job) for job in jobs] == ["model resnet50 torch", "model bert_base torch"]
+    with pytest.raises(Refused, match="--model chooses among those of --suite models"):
+        command.jobs_of(parser().parse_args(["run", "--suite", "ops", *options[3:]]), "cpu")
 
 
 def test_jobs_of_the_filters() -> None:

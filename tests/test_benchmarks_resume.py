@@ -18,11 +18,11 @@ from benchmarks.candidates import Changes
 from benchmarks.environment import environment
 from benchmarks.jobs import Job, ModelJob, OpJob
 from benchmarks.measure import blank
-from benchmarks.models import MODELS
 from benchmarks.ops import Tensors
 from benchmarks.problems import TRAINING, Problem
 from benchmarks.providers import PROVIDERS, Ours
 from benchmarks.tune import TuneJob
+from benchmarks.zoo import MODELS
 
 GELU, SILU = (
     Problem("activation", name, (256,), "flat", "float32", TRAINING) for name in ("gelu", "silu")

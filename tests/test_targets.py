@@ -229,6 +229,19 @@ def test_models(
     assert [target.what for target in judged(given).missed] == missed
 
 
+def test_a_compiled_model_is_compared_with_a_compiled_one() -> None:
+    times = {"torch": 1.0, "fastnorm": 0.8, "torch.compile": 0.6, "fastnorm-compiled": 0.5}
+    compiled, slower = times, {**times, "fastnorm-compiled": 0.7}
+    given = rows("model", "vit_b_16", "step", (8, 3, 64, 64), compiled, "nhwc", note="timm")
+    (line,) = side_by_side(given)
+    assert line.torch is not None and line.torch.ratio == pytest.approx(1 / 0.8)
+    assert line.best is not None and line.best.ratio == pytest.approx(0.6 / 0.5)
+    assert line.best.provider == "torch.compile"
+    assert judged(given).missed == []
+    given = rows("model", "vit_b_16", "step", (8, 3, 64, 64), slower, "nhwc", note="timm")
+    assert [t.what for t in judged(given).missed] == ["torch.compile, fastnorm-compiled"]
+
+
 def test_a_family_is_counted_and_its_mean_asked() -> None:
     given = [
         *rows("layer_norm", "plain", "forward", (8, 64), {"torch": 4.0, "fastnorm": 1.0}, "rows"),

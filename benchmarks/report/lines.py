@@ -9,10 +9,12 @@ from pathlib import Path
 
 from benchmarks.schema import Environment, Results, ResultsError, Row, load
 
-# in this order, then peers by name; "fastnorm-replaced" is a model before its layers are fused
+# in this order, then peers by name; "fastnorm-replaced" is a model before its layers are fused,
+# and what ends with COMPILED a model that was compiled after our surgery
+COMPILED = "-compiled"
 PROVIDERS = (
     *("torch", "torch.compile", "fastnorm-triton", "fastnorm-cuda"),
-    *("fastnorm-replaced", "fastnorm"),
+    *("fastnorm-replaced", "fastnorm", "fastnorm-replaced-compiled", "fastnorm-compiled"),
 )
 DEVICE_MODES = ("forward", "backward", "forward+backward")
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -21,6 +23,15 @@ WIN, TIE, LOSS = "faster", "within noise", "slower"
 
 def is_ours(provider: str) -> bool:
     return provider == "fastnorm" or provider.startswith("fastnorm-")
+
+
+def is_compiled(provider: str) -> bool:
+    return provider == "torch.compile" or provider.endswith(COMPILED)
+
+
+def counterpart(provider: str) -> str:
+    """What a provider of ours is judged by: torch eager, or compiled where ours is."""
+    return "torch.compile" if is_compiled(provider) else "torch"
 
 
 def timed(row: Row | None) -> bool:
@@ -67,17 +78,26 @@ class Line:
 
     @property
     def ours(self) -> Row | None:
-        """What a user gets, which is `fastnorm`; the faster backend where only those were run."""
+        """What a user gets, which is `fastnorm`; the faster backend where only those were run;
+        never a model that was compiled, whose counterpart is not torch eager."""
         auto = self.rows.get("fastnorm")
         return auto if auto is not None else self._fastest(ours=True)
 
     def _fastest(self, ours: bool) -> Row | None:
-        rows = [r for name, r in self.rows.items() if is_ours(name) == ours and timed(r)]
+        rows = [
+            row
+            for name, row in self.rows.items()
+            if is_ours(name) == ours and timed(row) and not (ours and is_compiled(name))
+        ]
         return min(rows, key=lambda row: row.ms_median or 0, default=None)
 
     def against(self, other: Row | None) -> Against | None:
-        """Ours against this row, where both have a time."""
+        """Ours against this row, where both have a time: compiled against compiled where ours was
+        compiled too."""
         mine = self.ours
+        compiled = self.rows.get(f"fastnorm{COMPILED}")
+        if other is not None and is_compiled(other.provider) and timed(compiled):
+            mine = compiled
         if mine is None or other is None or not timed(mine) or not timed(other):
             return None
         return against(mine, other)

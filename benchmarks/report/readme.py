@@ -28,6 +28,7 @@ ON_CPU = (
     "Measured on a CPU, where fastnorm calls torch's own functions: the table shows what the call "
     "itself costs, and how much this machine's times scatter. It says nothing about a GPU."
 )
+LARGEST = "largest_batch"  # the op of rows whose note is what was measured
 WIDTH = 120  # characters in a line of the README
 
 
@@ -70,7 +71,8 @@ def _device(run: Run, paths: list[Path], root: Path) -> list[str]:
         told += _prose(f"{ON_CPU} {targets.NONE_ON_CPU}")
     told += _prose(run.environment.note) if run.environment.note else []
     models = [line for line in run.lines if line.op == "model"]
-    others = [line for line in run.lines if line.op != "model"]
+    limits = [line for line in run.lines if line.op == LARGEST]
+    others = [line for line in run.lines if line.op not in ("model", LARGEST)]
     if others:
         told += [*markdown_table(SUMMARY, summary_rows(others), 3), "", *_prose(SUMMARY_LEGEND)]
     told += _prose(sentence) if (sentence := memory_sentence(run.lines)) else []
@@ -81,6 +83,9 @@ def _device(run: Run, paths: list[Path], root: Path) -> list[str]:
         one = table("models", models, run)
         rows = ([cell.text for cell in row] for row in one.rows)
         told += [f"Models: {one.unit}.", "", *markdown_table(one.header, rows, 4), ""]
+    for line in limits:
+        each = (f"{name}: {row.note}" for name, row in line.rows.items())
+        told += _prose(f"Largest batch of {line.variant}: {'; '.join(each)}.")
     folder = paths[0].parent
     there = [picture.name for picture in sorted(folder.glob("*.png"))]
     link = folder.relative_to(root).as_posix()

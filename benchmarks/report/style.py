@@ -19,6 +19,8 @@ COLOURS = {
     "fastnorm-triton": ("#56b4e9", "v"),
     "fastnorm-cuda": ("#009e73", "^"),
     "fastnorm-replaced": ("#9900ff", "<"),
+    "fastnorm-replaced-compiled": ("#8866ee", ">"),
+    "fastnorm-compiled": ("#001100", "8"),
     "liger-kernel": ("#e69f00", "P"),
     "quack-kernels": ("#d55e00", "X"),
     "flag_gems": ("#c060a0", "*"),
@@ -26,7 +28,7 @@ COLOURS = {
     "apex": ("#440055", "d"),
     "attorch": ("#aaff88", "p"),
 }
-SPARE = (("#001100", ">"), ("#eeccaa", "H"), ("#8866ee", "8"), ("#bb9955", "1"))
+SPARE = (("#eeccaa", "H"), ("#bb9955", "1"))
 # our time against theirs, in steps that are as wide and as strong on both sides of 1
 STEPS = (1 / 2, 1 / 1.5, 1 / 1.25, 1 / 1.1, 1 / 1.02, 1.02, 1.1, 1.25, 1.5, 2.0)
 SCALE = (  # from slower than half to faster than twice
