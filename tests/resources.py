@@ -33,7 +33,7 @@ MANY_REGISTERS: dict[str, str] = {
     "layer_norm::backward_rows_kernel": "512 threads of 128: they hold dweight, dbias and two rows",
     "layer_norm::backward_halves_kernel": "the same",
     "layer_norm::backward_ticket_kernel": "two blocks of 256 threads of 128; sm_120 spills at 96",
-    "weight_norm_kernels::weight_norm_kernel": "two blocks of 256 threads of 128: v and dw are held",
+    "weight_norm_kernels::weight_norm_kernel": "two blocks of 256 threads: v and dw are held",
 }
 # kernel -> why nothing in it is worth 16 bytes
 NARROW: dict[str, str] = {"batch_norm_merge_kernel": "a few numbers per rank and channel"}
