@@ -198,6 +198,7 @@ struct Tile {
             const unsigned i = position(h, u);
             if (i >= lane.positions) continue;
             const Slot s = lane.template slot<unsigned, kWholeSlots>(p, i);
+            if (!kWholeSlots && s.left <= 0) continue;  // past the end of its row, or of the tensor
             const unsigned left = unsigned(p.elements) - unsigned(s.y);  // of the tensor
             const int bytes = !kWholeSlots && left < kVector ? int(left * sizeof(T)) : 16;
             Vector<T>* to = slots(h, 0) + u * p.pitch;

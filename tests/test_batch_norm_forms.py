@@ -216,7 +216,7 @@ def test_int64_offsets_give_the_same_bits(form, layout, monkeypatch):
     # what a tensor of 2^31 elements compiles, on one that the interpreter can afford
     from fastnorm.ops.batch_norm import plan
 
-    x = MANY_TILES[layout]()
+    x = MANY_TILES[layout]()[:31]  # no more shares than two steps merge
     dy, residual = torch.randn(x.shape), torch.randn(x.shape)
     short = whole(x, dy, residual, "silu")
     made = plan._plan.__wrapped__

@@ -19,6 +19,7 @@ from benchmarks.ops import OPS, Tensors
 from benchmarks.peers import Peer
 from benchmarks.problems import Problem
 from benchmarks.providers import PROVIDERS
+from benchmarks.report.lines import is_compiled
 from benchmarks.small import every_kind
 from benchmarks.small import main as check_small
 from benchmarks.zoo import MODELS
@@ -210,7 +211,7 @@ def test_nobody_compiles_before_the_first_models_and_kernelbench() -> None:
     early = [
         i
         for i, job in enumerate(jobs)
-        if job.provider_name != "torch.compile"
+        if not is_compiled(job.provider_name)
         and (not isinstance(job, OpJob) or job.problem in kernelbench)
     ]
     assert len(early) == 2 * len(kernelbench) + 3 * len(given)

@@ -144,7 +144,7 @@ def test_a_form_that_cannot_serve_says_why_and_stops_nothing(
     spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "SPREAD", spread)
-    few_channels = Problem("batch_norm", "plain", (32, 1, 32, 32), "nchw", "float32", ("forward",))
+    few_channels = Problem("batch_norm", "plain", (160, 1, 32, 32), "nchw", "float32", ("forward",))
     bench, found = Bench("cpu"), {}
     for job in tune.plan([few_channels], "cuda", ["FORM"]):
         (found[job.provider_name],) = job.rows(bench)
