@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -195,7 +195,7 @@ class Bench:
         run = call.forward if mode == "forward" else lambda: call.step(dys)
         return timing.peak_memory_mib(run, stage.owned(mode), self.device)
 
-    def run_of(self, stage: Stage, call: Call, mode: str):  # type: ignore[no-untyped-def]
+    def run_of(self, stage: Stage, call: Call, mode: str) -> Callable[[], object]:
         """What is timed of a call: as often as it is asked to."""
         if mode == "forward":
             return call.forward

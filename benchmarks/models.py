@@ -230,6 +230,7 @@ def ready(model: Model, device: str) -> tuple[str, nn.Module, Tensor, bool]:
     x = _inputs(model, device)
     module = _initialised(module).to(device, _parameters(model, device)).train()
     if model.layout == "nhwc":
+        # torch's overloads of Module.to have memory_format with tensors only
         module = module.to(memory_format=format_of(x))  # type: ignore[call-overload]
     return source, module, x, device != "cpu" and model.precision == AUTOCAST
 

@@ -69,6 +69,7 @@ def shares(events: Iterable[Any], device: str) -> dict[str, float]:
     spent = dict.fromkeys(KINDS, 0.0)
     everything = 0.0
     for event in events:
+        # torch has it from C, and exports it without saying so
         if event.device_type != torch.autograd.DeviceType.CPU:  # type: ignore[attr-defined]
             if not event.is_user_annotation:
                 everything += event.time_range.elapsed_us()

@@ -62,11 +62,13 @@ def ours(problem: Problem) -> Callable[..., Tensor]:
     names = [name for name in problem.variant.split("+") if name not in ("plain", "residual")]
     activation = check_name(names[0] if names else None)
 
+    # called as every provider's function is, with the tensors of an op's arguments
     def run(x, weight, bias, running_mean, running_var, residual=None):  # type: ignore[no-untyped-def]
         planes = layout.to_planes(x)
         if residual is not None:
             residual = layout.match(residual, layout.planes_like(planes))
         given = planes, weight, bias, running_mean, running_var, residual
+        # autograd.Function.apply is untyped in torch
         return TwoLaunches.apply(activation, *given)  # type: ignore[no-untyped-call]
 
     return run

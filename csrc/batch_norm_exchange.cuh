@@ -79,8 +79,7 @@ template <class W, class E>
 struct Exchange {
     const BatchNormPlan& p;
     E *partials, *branches, *result;
-    unsigned*
-        arrivals;  // of all members, or of the result; then of branches; then of each's members
+    unsigned* arrivals;  // of all members or of the result; of branches; of each one's members
     E* table;
 
     __device__ __forceinline__ Exchange(const BatchNormPlan& plan, void* all, unsigned* counters,

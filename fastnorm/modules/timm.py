@@ -60,6 +60,7 @@ class LayerNormAct(norm_act.LayerNormAct):  # type: ignore[misc]
         return twin_of(self, norm_act.LayerNormAct)
 
 
+# timm is untyped where mypy sees it at all: bases and what their forward returns are Any
 class LayerNorm(norm.LayerNorm):  # type: ignore[misc]
     """timm's; its own forward where timm's fast norm is on."""
 
