@@ -293,16 +293,19 @@ def backward_pass_kernel(
             sum_dz += fold(dz, VEC, X_LAST, Y_LAST, ROWS)
             sum_dz_centred += fold(dz * centred, VEC, X_LAST, Y_LAST, ROWS)
     if REDUCE:
-        sum_dz_x_hat = total(sum_dz_centred) * rstd
-        last, all_dz, all_dz_x_hat = merge_shares(
+        last, all_dz, all_dz_centred = merge_shares(
             partials_ptr, counters_ptr, group, tl.num_programs(0) // shares, share, shares,
             to_channels(total(sum_dz), at, BLOCK_C, CHANNELS, C_ALIGN),
-            to_channels(sum_dz_x_hat, at, BLOCK_C, CHANNELS, C_ALIGN),
+            to_channels(total(sum_dz_centred), at, BLOCK_C, CHANNELS, C_ALIGN),
             count, run, 1, False, 1, CHANNELS, WIDE,
         )  # fmt: skip
         if last:
+            if not CENTER_ONLY:  # read again: a register less in the loop
+                own = group * CHANNELS + tl.arange(0, CHANNELS)
+                channels = channel_count(at, BLOCK_C, CHANNELS, C_ALIGN)[0]
+                all_dz_centred *= per_channel(rstd_ptr, own, own < channels, WIDE)
             store_parameter_gradients(
-                dweight_ptr, dbias_ptr, all_dz, all_dz_x_hat, group, at,
+                dweight_ptr, dbias_ptr, all_dz, all_dz_centred, group, at,
                 NEED_DWEIGHT, NEED_DBIAS, BLOCK_C, CHANNELS, C_ALIGN,
             )  # fmt: skip
             tl.store(counters_ptr + group, 0)
