@@ -125,7 +125,9 @@ cudaError_t batch_norm_merge(const BatchNormMerge& a, Dtype dtype, cudaStream_t 
 struct BatchNormBackward {
     void *dx, *dresidual;  // x's shape, or null
     Array dweight, dbias;  // [C], or null
-    const void *x, *dy, *residual;
+    const void *x, *dy;
+    const void* kept;          // the residual, y or null
+    bool keeps_output;         // y: the activation has the same slope there as before it
     Array weight, bias;        // [C]
     const void *mean, *rstd;   // [C], wide
     const void *sums, *count;  // [2, C] and [], wide: given sums (synchronised), or null

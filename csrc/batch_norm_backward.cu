@@ -1,5 +1,5 @@
-// Batch norm backward: x and dy (and the residual, where the activation's slope needs it) are read
-// from memory once where a group of channels fits on the chip; dweight and dbias on the way.
+// Batch norm backward: x and dy (and the residual or y, where the activation's slope needs it) are
+// read from memory once where a group of channels fits on the chip; dweight and dbias on the way.
 #include "batch_norm_tiles.cuh"
 
 namespace fastnorm {
@@ -9,12 +9,12 @@ using namespace batch_norm;
 
 // ---- kernels ------------------------------------------------------------------------------------
 
-// Mean-only batch norm needs dy alone; else x, dy and perhaps the residual.
+// Mean-only batch norm needs dy alone; else x, dy and perhaps the residual or y.
 template <class T, bool kCenterOnly, bool kLast>
 using BackwardTile = Tile<T, kLast, kBackwardSlots, kCenterOnly ? 1 : 3>;
 template <bool kCenterOnly>
 constexpr int kDy = kCenterOnly ? 0 : 1;
-constexpr int kResidual = 2;
+constexpr int kKept = 2;
 
 // Sums over a channel: of dz, and of dz * (x - mean).
 template <class W, bool kCenterOnly>
@@ -72,22 +72,22 @@ __device__ __forceinline__ void center(const Tile& tile, unsigned h, int u, cons
     }
 }
 
+enum class Kept { nothing, residual, output };  // of a forward pass, beside x
+
 // dz = dy * slope(z) of a slot.
 template <bool kLast, class T, class Tile, class C, class Activity, class W, int V>
-__device__ __forceinline__ void pull_back(const Tile& tile, unsigned h, int u, bool has_residual,
+__device__ __forceinline__ void pull_back(const Tile& tile, unsigned h, int u, Kept kept,
                                           const C& channels, const Activity& activity,
                                           const W (&centred)[V], W (&dz)[V]) {
     W z[V];
+    if (kept != Kept::nothing) tile.get(tile.slots(h, kKept), u, z);
+    if (kept != Kept::output) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-        const int k = kLast ? j : 0;
-        z[j] = centred[j] * channels.get(kScale, k) + channels.get(kBias, k);
-    }
-    if (has_residual) {
-        W residual[V];
-        tile.get(tile.slots(h, kResidual), u, residual);
-#pragma unroll
-        for (int j = 0; j < V; ++j) z[j] += residual[j];
+        for (int j = 0; j < V; ++j) {
+            const int k = kLast ? j : 0;
+            const W own = centred[j] * channels.get(kScale, k) + channels.get(kBias, k);
+            z[j] = kept == Kept::residual ? own + z[j] : own;
+        }
     }
     // of fp64 one after the other: two at once take more registers than there are
     constexpr int kPart = sizeof(T) == 8 ? 1 : V;
@@ -128,6 +128,9 @@ __device__ __forceinline__ void work_on(const BatchNormBackward& a,
     constexpr int V = Vector<T>::size;
     Vector<T>* const slots = tile.slots(h, kDy<kCenterOnly>);
     const bool stays = sweep.reduces && !sweep.writes && h >= tile.loose;
+    const Kept kept = a.kept == nullptr ? Kept::nothing
+                      : a.keeps_output  ? Kept::output
+                                        : Kept::residual;
 #pragma unroll 1
     for (int u = 0; u < kBackwardSlots; ++u) {
         const Target target = tile.target(h, u);
@@ -137,8 +140,7 @@ __device__ __forceinline__ void work_on(const BatchNormBackward& a,
         center<kCenterOnly, kLast>(tile, h, u, channels, centred);
         if constexpr (!kCenterOnly) {
             if (sweep.computes || h < tile.loose) {
-                pull_back<kLast, T>(tile, h, u, a.residual != nullptr, channels, activity, centred,
-                                    dz);
+                pull_back<kLast, T>(tile, h, u, kept, channels, activity, centred, dz);
                 // rounded to T, as a layer of its own would leave it to the norm
                 if (stays) slots[u * a.plan.pitch] = narrow<T>(dz);
             }
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, blocks_for(kLast, sizeof(T)))
     const T* operands[kCenterOnly ? 1 : 3];
     operands[0] = static_cast<const T*>(a.x);
     operands[kDy<kCenterOnly>] = static_cast<const T*>(a.dy);
-    if constexpr (!kCenterOnly) operands[kResidual] = static_cast<const T*>(a.residual);
+    if constexpr (!kCenterOnly) operands[kKept] = static_cast<const T*>(a.kept);
     BackwardTile<T, kCenterOnly, kLast> tile(p, operands, nullptr, !kCenterOnly, shared.tiles,
                                              work);
     const W rstd = prepare(a, work.group, shared.values);
@@ -284,7 +286,7 @@ cudaError_t with_kernel(Dtype dtype, Activation activation, bool last, bool cent
 
 cudaError_t batch_norm_backward(const BatchNormBackward& given, Dtype dtype, cudaStream_t stream) {
     BatchNormBackward a = given;
-    a.plan.quick = a.plan.quick && begins_on_16_bytes({a.x, a.dy, a.residual, a.dx, a.dresidual});
+    a.plan.quick = a.plan.quick && begins_on_16_bytes({a.x, a.dy, a.kept, a.dx, a.dresidual});
     return with_kernel(dtype, a.activation, a.plan.last, a.center_only, [&](auto kernel) {
         return launch(kernel, a.plan.blocks, kThreads, a.plan.shared_bytes, stream, a);
     });

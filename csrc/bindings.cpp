@@ -185,27 +185,15 @@ void bind_batch_norm(py::module_& m) {
     });
     m.def("batch_norm_backward",
           [](Pointer dx, Pointer dresidual, Array dweight, Array dbias, Pointer x, Subject dy,
-             Pointer residual, const Parameter& weight, const Parameter& bias, Pointer statistics,
-             Pointer sums, Pointer count, Pointer partials, Pointer counters, Activation activation,
-             bool center_only, const BatchNormPlan& plan) {
-              const BatchNormBackward a = {dx,
-                                           dresidual,
-                                           dweight,
-                                           dbias,
-                                           x,
-                                           dy.data,
-                                           residual,
-                                           weight,
-                                           bias,
-                                           statistics,
-                                           behind(statistics, plan.shape.C, dy.dtype),
-                                           sums,
-                                           count,
-                                           partials,
-                                           counters,
-                                           activation,
-                                           center_only,
-                                           plan};
+             Pointer kept, bool keeps_output, const Parameter& weight, const Parameter& bias,
+             Pointer statistics, Pointer sums, Pointer count, Pointer partials, Pointer counters,
+             Activation activation, bool center_only, const BatchNormPlan& plan) {
+              const BatchNormBackward a = {
+                  dx,         dresidual,   dweight,    dbias,
+                  x,          dy.data,     kept,       keeps_output,
+                  weight,     bias,        statistics, behind(statistics, plan.shape.C, dy.dtype),
+                  sums,       count,       partials,   counters,
+                  activation, center_only, plan};
               run("batch_norm_backward", dy.stream(),
                   [&](CUstream_st* stream) { return batch_norm_backward(a, dy.dtype, stream); });
           });

@@ -125,6 +125,22 @@ def test_batch_norm_and_silu_save_x_alone(backend: str, device: str) -> None:
 
 
 @everywhere
+def test_of_a_residual_and_relu_x_and_y_are_saved(backend: str) -> None:
+    """y is what the next convolution saves anyway, and the residual may be nobody else's."""
+    x, residual = torch.randn(X, requires_grad=True), torch.randn(X)
+    layer = fastnorm.BatchNormAct2d(8, activation="relu")
+    saved = Saved()
+    with saved_tensors_hooks(saved.pack, lambda x: x):
+        y = layer(x * 1, residual * 1)
+    assert 2 * SIZE < saved.bytes <= 2 * SIZE + 8 * 8 * 4
+    assert y.untyped_storage().data_ptr() in saved.storages
+    y = layer(x * 1, residual)
+    y.detach().add_(1)  # as after torch's ReLU, which keeps its result too
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@everywhere
 @every_layer
 def test_saved_tensors_may_go_elsewhere(name: str, backend: str, device: str) -> None:
     layer, x = make_layer(name, device), make_input(name, device=device)

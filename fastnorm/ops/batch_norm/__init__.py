@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from fastnorm import dispatch, layout
 from fastnorm.ops.activation import check_name
 from fastnorm.ops.activation.reference import wide_dtype
 from fastnorm.ops.batch_norm import reference
-from fastnorm.ops.registry import applied, by_formula, differentiable_backward, register
+from fastnorm.ops.batch_norm.composite import backward_by_formula, keep
+from fastnorm.ops.registry import applied, by_formula, register
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -29,7 +31,7 @@ def forward_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def backward_outputs(
     x: Tensor,
     dy: Tensor,
-    residual: Tensor | None,
+    kept: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: Tensor,
@@ -54,10 +56,11 @@ _forward = register(
     " -> (Tensor, Tensor)",
     forward_outputs,
 )
+# kept: what composite.keep has kept of a residual
 _backward = register(
     "batch_norm",
     "batch_norm_backward",
-    "(Tensor x, Tensor dy, Tensor? residual, Tensor? weight, Tensor? bias, "
+    "(Tensor x, Tensor dy, Tensor? kept, Tensor? weight, Tensor? bias, "
     "Tensor statistics, bool batch_stats, str activation, bool[4] needs)"
     " -> (Tensor?, Tensor?, Tensor?, Tensor?)",
     backward_outputs,
@@ -65,8 +68,8 @@ _backward = register(
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """Saves x, the parameters and the statistics; the residual only where an activation's slope
-    needs it."""
+    """Saves x, the parameters and the statistics; the residual, or y in its place, only where an
+    activation's slope needs it."""
 
     @staticmethod
     def forward(
@@ -95,8 +98,7 @@ class BatchNormFunction(torch.autograd.Function):
             eps,
             activation,
         )
-        plain = activation == "identity"
-        ctx.save_for_backward(x, None if plain else residual, weight, bias, statistics)
+        ctx.save_for_backward(x, keep(residual, y, activation), weight, bias, statistics)
         ctx.set_materialize_grads(False)  # what torch gives no gradient gets none from us
         ctx.settings = settings
         result: Tensor = y
@@ -106,18 +108,13 @@ class BatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> Gradients:
         if dy is None:
             return (None,) * 9
-        x, residual, weight, bias, statistics = ctx.saved_tensors
+        x, kept, weight, bias, statistics = ctx.saved_tensors
         batch_stats, _, eps, activation = ctx.settings
         plain = activation == "identity"
         if by_formula(dy):
-
-            def composite(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-                fixed_mean, fixed_rstd = (None, None) if batch_stats else statistics
-                return reference.composite(
-                    x, residual, weight, bias, fixed_mean, fixed_rstd, eps, activation
-                )
-
-            found = list(differentiable_backward(composite, (x, residual, weight, bias), dy))
+            mean, rstd = (None, None) if batch_stats else statistics
+            whole = functools.partial(reference.composite, mean=mean, rstd=rstd, eps=eps)
+            found = backward_by_formula(whole, x, kept, weight, bias, activation, dy)
         else:
             needs_dx, needs_dresidual, needs_dweight, needs_dbias = ctx.needs_input_grad[:4]
             needs = [needs_dx, needs_dweight, needs_dbias, needs_dresidual and not plain]
@@ -127,7 +124,7 @@ class BatchNormFunction(torch.autograd.Function):
                 dx, dweight, dbias, dresidual = _backward(
                     x,
                     dy_in_place,
-                    residual,
+                    kept,
                     weight,
                     bias,
                     statistics,

@@ -3,10 +3,14 @@ running statistics move."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastnorm.ops.activation.reference import ACTIVATIONS, wide
+from fastnorm.ops.registry import differentiable_backward
 
 
 def channelwise(v: Tensor, x: Tensor) -> Tensor:
@@ -104,18 +108,58 @@ def move(running: Tensor | None, value: Tensor, share: Tensor | float) -> None:
         running.data.copy_(new)
 
 
+def keeps_output(activation: str) -> bool:
+    """Whether backward finds the slope of activation(bn(x) + residual) in y and needs no residual.
+
+    y is the next layer's to keep as well, the residual often nobody's. Only where torch's own layer
+    keeps its output: that y must not be changed in place is then nothing new.
+    """
+    return activation == "relu"
+
+
+def keep(residual: Tensor | None, y: Tensor, activation: str) -> Tensor | None:
+    """What backward needs of a residual: y, itself, or nothing."""
+    if residual is None or activation == "identity":
+        return None
+    return y if keeps_output(activation) else residual
+
+
+def backward_by_formula(
+    whole: Callable[..., Tensor],
+    x: Tensor,
+    kept: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    dy: Tensor,
+) -> list[Tensor | None]:
+    """dx, dresidual, dweight, dbias as differentiable functions, from what keep() has kept;
+    ``whole(x, residual, weight, bias, activation=)`` is the layer in torch's functions."""
+    dz = None
+    if kept is not None and keeps_output(activation):
+        dz = dy = ACTIVATIONS[activation].gradient(dy, kept)
+        kept, activation = None, "identity"
+    composite = functools.partial(whole, activation=activation)
+    found = list(differentiable_backward(composite, (x, kept, weight, bias), dy))
+    found[1] = found[1] if dz is None else dz
+    return found
+
+
 def slope_times(
     dy: Tensor,
     v: Tensor,
-    residual: Tensor | None,
+    kept: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     activation: str,
 ) -> Tensor:
-    """dz, the wide gradient of the pre-activation, which is recomputed from the wide input v."""
+    """dz, the wide gradient of the pre-activation, which is recomputed from the wide input v unless
+    y is kept."""
     if activation == "identity":
         return wide(dy)
-    z = composite(v, residual, weight, bias, mean, rstd, 0.0, "identity")
+    if kept is not None and keeps_output(activation):
+        return ACTIVATIONS[activation].gradient(wide(dy), wide(kept))
+    z = composite(v, kept, weight, bias, mean, rstd, 0.0, "identity")
     return ACTIVATIONS[activation].gradient(wide(dy), z)

@@ -12,6 +12,7 @@ from fastnorm import layout
 from fastnorm.ops import launch
 from fastnorm.ops.activation.reference import wide_dtype
 from fastnorm.ops.batch_norm import backward_outputs, forward_outputs, mean_only, sync
+from fastnorm.ops.batch_norm.composite import keeps_output
 from fastnorm.ops.extension import extension
 
 # a form (a position in the extension's BATCH_NORM_FORMS) and a tile's number of batches, for tests:
@@ -106,7 +107,7 @@ def mean_only_batch_norm_forward(
 
 
 def _backward(
-    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, dy: Tensor, kept: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor | None, sums: Tensor | None, count: Tensor | None,
     batch_stats: bool, activation: str,
     dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None,
@@ -115,27 +116,26 @@ def _backward(
     """dx from the batch's statistics unless they are the running ones or the sums are given."""
     if dx is None and dweight is None and dbias is None and dresidual is None:
         return
-    residual = None if activation == "identity" else residual
-    operands = 1 if center_only else 2 if residual is None else 3
+    operands = 1 if center_only else 2 if kept is None else 3
     p = plan(x, dy, activation, True, not batch_stats or dx is None, operands, 0)
     merges = p.ordered and (batch_stats or dweight is not None or dbias is not None)
     partials = workspace(x, p) if merges else None
     counters = launch.counters(x, p.counters) if merges else None
     extension().batch_norm_backward(
-        dx, dresidual, dweight, dbias, None if center_only else x, dy, residual,
-        weight, bias, statistics, sums, count, partials, counters,
+        dx, dresidual, dweight, dbias, None if center_only else x, dy,
+        kept, keeps_output(activation), weight, bias, statistics, sums, count, partials, counters,
         activation, center_only, p,
     )  # fmt: skip
 
 
 @launch.fills(backward_outputs)
 def batch_norm_backward(
-    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, dy: Tensor, kept: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor, batch_stats: bool, activation: str, needs: list[bool],
     dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None,
 ) -> None:  # fmt: skip
     _backward(
-        x, dy, residual, weight, bias, statistics, None, None, batch_stats, activation,
+        x, dy, kept, weight, bias, statistics, None, None, batch_stats, activation,
         dx, dweight, dbias, dresidual, center_only=False,
     )  # fmt: skip
 
@@ -157,25 +157,25 @@ def mean_only_batch_norm_backward(
 
 @launch.fills(sync.reduce_outputs)
 def batch_norm_reduce(
-    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, dy: Tensor, kept: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor, activation: str,
     sum_dz: Tensor, sum_dz_x_hat: Tensor,
 ) -> None:  # fmt: skip
     # the gradients of a bias and a weight of wide dtype are these sums
     _backward(
-        x, dy, residual, weight, bias, statistics, None, None, False, activation,
+        x, dy, kept, weight, bias, statistics, None, None, False, activation,
         None, sum_dz_x_hat, sum_dz, None, center_only=False,
     )  # fmt: skip
 
 
 @launch.fills(sync.apply_outputs)
 def batch_norm_apply(
-    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, dy: Tensor, kept: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor, sums: Tensor, count: Tensor, activation: str, needs_dresidual: bool,
     dx: Tensor, dresidual: Tensor | None,
 ) -> None:  # fmt: skip
     _backward(
-        x, dy, residual, weight, bias, statistics, sums, count, False, activation,
+        x, dy, kept, weight, bias, statistics, sums, count, False, activation,
         dx, None, None, dresidual, center_only=False,
     )  # fmt: skip
 

@@ -72,7 +72,7 @@ def batch_norm_forward(
 def batch_norm_backward(
     x: Tensor,
     dy: Tensor,
-    residual: Tensor | None,
+    kept: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: Tensor,
@@ -82,7 +82,7 @@ def batch_norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     v = wide(x)
     mean, rstd = statistics
-    dz = slope_times(dy, v, residual, weight, bias, mean, rstd, activation)
+    dz = slope_times(dy, v, kept, weight, bias, mean, rstd, activation)
     scale = None if weight is None else weight.to(v.dtype)
     if batch_stats:
         dx, dweight, dbias = aten.native_batch_norm_backward(

@@ -46,7 +46,7 @@ def batch_norm_merge(
 def batch_norm_reduce(
     x: Tensor,
     dy: Tensor,
-    residual: Tensor | None,
+    kept: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: Tensor,
@@ -54,7 +54,7 @@ def batch_norm_reduce(
 ) -> tuple[Tensor, Tensor]:
     v = wide(x)
     mean, rstd = statistics
-    dz = slope_times(dy, v, residual, weight, bias, mean, rstd, activation)
+    dz = slope_times(dy, v, kept, weight, bias, mean, rstd, activation)
     x_hat = (v - channelwise(mean, x)) * channelwise(rstd, x)
     return dz.sum(_dims(x)), (dz * x_hat).sum(_dims(x))
 
@@ -62,7 +62,7 @@ def batch_norm_reduce(
 def batch_norm_apply(
     x: Tensor,
     dy: Tensor,
-    residual: Tensor | None,
+    kept: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: Tensor,
@@ -73,7 +73,7 @@ def batch_norm_apply(
 ) -> tuple[Tensor, Tensor | None]:
     v = wide(x)
     mean, rstd = statistics
-    dz = slope_times(dy, v, residual, weight, bias, mean, rstd, activation)
+    dz = slope_times(dy, v, kept, weight, bias, mean, rstd, activation)
     x_hat = (v - channelwise(mean, x)) * channelwise(rstd, x)
     mean_dz, mean_dz_x_hat = (channelwise(t, x) for t in (sums / count).chunk(2))
     scale = rstd if weight is None else rstd * weight

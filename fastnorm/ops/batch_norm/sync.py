@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,8 +21,14 @@ from fastnorm.ops.batch_norm import (
     check_residual,
     collectives,
 )
-from fastnorm.ops.batch_norm.composite import channelwise, composite, finish
-from fastnorm.ops.registry import differentiable_backward, register
+from fastnorm.ops.batch_norm.composite import (
+    backward_by_formula,
+    channelwise,
+    composite,
+    finish,
+    keep,
+)
+from fastnorm.ops.registry import register
 
 # the outputs, and what an op of synchronisation looks like to torch
 
@@ -62,7 +69,7 @@ _merge = register(
 _reduce = register(
     "batch_norm",
     "batch_norm_reduce",
-    "(Tensor x, Tensor dy, Tensor? residual, Tensor? weight, Tensor? bias, "
+    "(Tensor x, Tensor dy, Tensor? kept, Tensor? weight, Tensor? bias, "
     "Tensor statistics, str activation) -> (Tensor, Tensor)",
     reduce_outputs,
 )
@@ -70,7 +77,7 @@ _reduce = register(
 _apply = register(
     "batch_norm",
     "batch_norm_apply",
-    "(Tensor x, Tensor dy, Tensor? residual, Tensor? weight, Tensor? bias, "
+    "(Tensor x, Tensor dy, Tensor? kept, Tensor? weight, Tensor? bias, "
     "Tensor statistics, Tensor sums, Tensor count, str activation, bool needs_dresidual) "
     "-> (Tensor, Tensor?)",
     apply_outputs,
@@ -121,28 +128,25 @@ class SyncBatchNormFunction(torch.autograd.Function):
             y, statistics = _forward(
                 x, residual, weight, bias, mean, var, None, False, None, eps, activation
             )
-        plain = activation == "identity"
-        ctx.save_for_backward(x, None if plain else residual, weight, bias, statistics, count)
+        kept = keep(residual, y, activation)
+        ctx.save_for_backward(x, kept, weight, bias, statistics, count)
         ctx.settings = eps, activation, group
         result: Tensor = y
         return result
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        x, residual, weight, bias, statistics, count = ctx.saved_tensors
+        x, kept, weight, bias, statistics, count = ctx.saved_tensors
         eps, activation, group = ctx.settings
         needs_dx, needs_dresidual, needs_dweight, needs_dbias = ctx.needs_input_grad[:4]
         plain = activation == "identity"
         if torch.is_grad_enabled():
-
-            def whole(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-                return _composite(x, residual, weight, bias, count, eps, activation, group)
-
-            found = differentiable_backward(whole, (x, residual, weight, bias), dy)
+            whole = functools.partial(_composite, count=count, eps=eps, group=group)
+            found = tuple(backward_by_formula(whole, x, kept, weight, bias, activation, dy))
         else:
             needs = [needs_dx, needs_dweight, needs_dbias, needs_dresidual and not plain]
             dy_in_place = layout.match(dy, layout.planes_like(x))
-            given = x, dy_in_place, residual, weight, bias, statistics
+            given = x, dy_in_place, kept, weight, bias, statistics
             dx, dweight, dbias, dresidual = _gradients(given, count, activation, group, needs)
             found = dx, dresidual, dweight, dbias
         dx, dresidual, dweight, dbias = found

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastnorm.ops import launch
 from fastnorm.ops.activation.triton_values import ACTIVATIONS
 from fastnorm.ops.batch_norm import backward_outputs, forward_outputs, mean_only, sync
+from fastnorm.ops.batch_norm.composite import keeps_output
 from fastnorm.ops.batch_norm.plan import plan
 from fastnorm.ops.batch_norm.triton_backward import (
     backward_owner_kernel,
@@ -118,17 +119,22 @@ def mean_only_batch_norm_forward(
     )  # fmt: skip
 
 
+def _what(kept: Tensor | None, activation: str) -> str:
+    """Which of the tensors that composite.keep chooses from is kept, as KEPT says it."""
+    if kept is None:
+        return ""
+    return "y" if keeps_output(activation) else "residual"
+
+
 def _backward(
-    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, dy: Tensor, kept: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor | None, batch_stats: bool, activation: str,
     dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None,
     center_only: bool,
 ) -> None:  # fmt: skip
     mean, rstd = (None, None) if statistics is None else statistics
-    plain = activation == "identity"
-    residual = None if plain else residual
     weight, bias = _compact(weight, bias)
-    operands = 1 if center_only else 2 if residual is None else 3
+    operands = 1 if center_only else 2 if kept is None else 3
     one_pass = not (batch_stats and dx is not None)
     p = plan(x, dy, operands, one_pass)
     writes = dx is not None or dresidual is not None
@@ -136,8 +142,8 @@ def _backward(
     constants: dict[str, Any] = dict(
         p.constants,
         SLOPE=ACTIVATIONS[activation][1],
-        PLAIN=plain,
-        HAS_RESIDUAL=residual is not None,
+        PLAIN=activation == "identity",
+        KEPT=_what(kept, activation),
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         CENTER_ONLY=center_only,
@@ -146,9 +152,9 @@ def _backward(
         NEED_DWEIGHT=dweight is not None,
         NEED_DBIAS=dbias is not None,
         WIDE=wide_type(x),
-        **options(x, p, light=not one_pass and residual is None),
+        **options(x, p, light=not one_pass and kept is None),
     )
-    tensors = (dx, dweight, dbias, dresidual, dy, x, residual, weight, bias, mean, rstd)
+    tensors = (dx, dweight, dbias, dresidual, dy, x, kept, weight, bias, mean, rstd)
     if not one_pass:
         kernel = backward_owner_kernel if p.owner else backward_ticket_kernel
         kernel[(p.groups if p.owner else 2 * p.groups * p.shares,)](
@@ -171,12 +177,12 @@ def _backward(
 
 @launch.fills(backward_outputs)
 def batch_norm_backward(
-    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, dy: Tensor, kept: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor, batch_stats: bool, activation: str, needs: list[bool],
     dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None,
 ) -> None:  # fmt: skip
     _backward(
-        x, dy, residual, weight, bias, statistics, batch_stats, activation, dx, dweight, dbias,
+        x, dy, kept, weight, bias, statistics, batch_stats, activation, dx, dweight, dbias,
         dresidual,
         center_only=False,
     )  # fmt: skip
@@ -239,31 +245,29 @@ def batch_norm_merge(
 
 @launch.fills(sync.reduce_outputs)
 def batch_norm_reduce(
-    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, dy: Tensor, kept: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor, activation: str,
     sum_dz: Tensor, sum_dz_x_hat: Tensor,
 ) -> None:  # fmt: skip
     # the gradients of a bias and a weight of wide dtype are these sums
     _backward(
-        x, dy, residual, weight, bias, statistics, False, activation,
+        x, dy, kept, weight, bias, statistics, False, activation,
         None, sum_dz_x_hat, sum_dz, None, center_only=False,
     )  # fmt: skip
 
 
 @launch.fills(sync.apply_outputs)
 def batch_norm_apply(
-    x: Tensor, dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, dy: Tensor, kept: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     statistics: Tensor, sums: Tensor, count: Tensor, activation: str, needs_dresidual: bool,
     dx: Tensor, dresidual: Tensor | None,
 ) -> None:  # fmt: skip
-    plain = activation == "identity"
-    residual = None if plain else residual
     weight, bias = _compact(weight, bias)
-    p = plan(x, dy, operands=2 if residual is None else 3, one_pass=True)
+    p = plan(x, dy, operands=2 if kept is None else 3, one_pass=True)
     apply_kernel[grid(p)](
-        dx, dresidual, dy, x, residual, weight, bias, *statistics, sums, count,
+        dx, dresidual, dy, x, kept, weight, bias, *statistics, sums, count,
         *sizes(p),
-        SLOPE=ACTIVATIONS[activation][1], PLAIN=plain, HAS_RESIDUAL=residual is not None,
-        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, NEED_DRESIDUAL=needs_dresidual,
-        **p.constants, WIDE=wide_type(x), **options(x, p),
+        SLOPE=ACTIVATIONS[activation][1], PLAIN=activation == "identity",
+        KEPT=_what(kept, activation), HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+        NEED_DRESIDUAL=needs_dresidual, **p.constants, WIDE=wide_type(x), **options(x, p),
     )  # fmt: skip

@@ -47,32 +47,36 @@ def channel_values(
 
 @triton.jit
 def gradient_tile(
-    dy_ptr, x_ptr, residual_ptr, mean, scale, bias, x_offset, y_offset, mask,
-    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CENTER_ONLY: tl.constexpr,
+    dy_ptr, x_ptr, kept_ptr, mean, scale, bias, x_offset, y_offset, mask,
+    SLOPE: tl.constexpr, PLAIN: tl.constexpr, KEPT: tl.constexpr, CENTER_ONLY: tl.constexpr,
     EVICT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(dz, x - mean) of a tile; dz is zero where it is masked. Mean-only batch norm needs dz
-    alone."""
+    """(dz, x - mean) of a tile; dz is zero where it is masked. Mean-only batch norm needs dz alone.
+    KEPT is "residual" or "y", which tells the slope by itself, or ""."""
     dz = tl.load(dy_ptr + y_offset, mask=mask, other=0.0, eviction_policy=EVICT).to(WIDE)
     centred = dz
     if not CENTER_ONLY:
         x = tl.load(x_ptr + x_offset, mask=mask, other=0.0, eviction_policy=EVICT)
         centred = x.to(WIDE) - mean[:, None, None]
         if not PLAIN:
-            z = centred * scale[:, None, None] + bias[:, None, None]
-            if HAS_RESIDUAL:
-                residual = tl.load(
-                    residual_ptr + y_offset, mask=mask, other=0.0, eviction_policy=EVICT
-                )
-                z += residual.to(WIDE)
-            dz = dz * SLOPE(z)
+            kept = centred
+            if KEPT != "":
+                kept = tl.load(kept_ptr + y_offset, mask=mask, other=0.0, eviction_policy=EVICT)
+                kept = kept.to(WIDE)
+            if KEPT == "y":
+                dz = dz * SLOPE(kept)
+            else:
+                z = centred * scale[:, None, None] + bias[:, None, None]
+                if KEPT == "residual":
+                    z += kept
+                dz = dz * SLOPE(z)
     return dz, centred
 
 
 @triton.jit
 def share_sums(
-    dy_ptr, x_ptr, residual_ptr, mean, rstd, scale, bias, group, first, length, at,
-    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CENTER_ONLY: tl.constexpr,
+    dy_ptr, x_ptr, kept_ptr, mean, rstd, scale, bias, group, first, length, at,
+    SLOPE: tl.constexpr, PLAIN: tl.constexpr, KEPT: tl.constexpr, CENTER_ONLY: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr,
     C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, X_LAST: tl.constexpr, Y_LAST: tl.constexpr,
     ROWS: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
@@ -86,8 +90,8 @@ def share_sums(
             BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, ROWS, LONG,
         )  # fmt: skip
         dz, centred = gradient_tile(
-            dy_ptr, x_ptr, residual_ptr, mean, scale, bias, x_offset, y_offset, mask,
-            SLOPE, PLAIN, HAS_RESIDUAL, CENTER_ONLY, "", WIDE,
+            dy_ptr, x_ptr, kept_ptr, mean, scale, bias, x_offset, y_offset, mask,
+            SLOPE, PLAIN, KEPT, CENTER_ONLY, "", WIDE,
         )  # fmt: skip
         sum_dz += fold(dz, VEC, X_LAST, Y_LAST, ROWS)
         sum_dz_centred += fold(dz * centred, VEC, X_LAST, Y_LAST, ROWS)
@@ -114,9 +118,9 @@ def store_parameter_gradients(
 
 @triton.jit
 def apply_share(
-    dx_ptr, dresidual_ptr, dy_ptr, x_ptr, residual_ptr, mean, rstd, scale, bias,
+    dx_ptr, dresidual_ptr, dy_ptr, x_ptr, kept_ptr, mean, rstd, scale, bias,
     mean_dz, mean_dz_x_hat, group, begin, step, length, at,
-    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CENTER_ONLY: tl.constexpr,
+    SLOPE: tl.constexpr, PLAIN: tl.constexpr, KEPT: tl.constexpr, CENTER_ONLY: tl.constexpr,
     NEED_DX: tl.constexpr, NEED_DRESIDUAL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr,
     C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, X_LAST: tl.constexpr, Y_LAST: tl.constexpr,
@@ -131,8 +135,8 @@ def apply_share(
             BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, ROWS, LONG,
         )  # fmt: skip
         dz, centred = gradient_tile(
-            dy_ptr, x_ptr, residual_ptr, mean, scale, bias, x_offset, y_offset, mask,
-            SLOPE, PLAIN, HAS_RESIDUAL, CENTER_ONLY, "evict_first", WIDE,
+            dy_ptr, x_ptr, kept_ptr, mean, scale, bias, x_offset, y_offset, mask,
+            SLOPE, PLAIN, KEPT, CENTER_ONLY, "evict_first", WIDE,
         )  # fmt: skip
         if NEED_DX:
             dx = dz * scale[:, None, None] - shift[:, None, None]
@@ -147,11 +151,11 @@ def apply_share(
 def backward_ticket_kernel(
     dx_ptr, dweight_ptr, dbias_ptr, dresidual_ptr,  # outputs: x's shape, [C], [C], x's shape
     # inputs: x's shape three times, then [C]
-    dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
+    dy_ptr, x_ptr, kept_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
     partials_ptr, counters_ptr,  # see triton_merge.py
     N, C, S, x_stride_n, x_stride_c, x_stride_s, magic, shift, width, count, tiles, run,
     groups, together, lag,
-    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    SLOPE: tl.constexpr, PLAIN: tl.constexpr, KEPT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, CENTER_ONLY: tl.constexpr, NEED_DX: tl.constexpr,
     NEED_DRESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr,
@@ -170,8 +174,8 @@ def backward_ticket_kernel(
     )  # fmt: skip
     if reduces:
         sum_dz, sum_dz_x_hat = share_sums(
-            dy_ptr, x_ptr, residual_ptr, mean, rstd, scale, bias, group, first, length, at,
-            SLOPE, PLAIN, HAS_RESIDUAL, CENTER_ONLY, BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN,
+            dy_ptr, x_ptr, kept_ptr, mean, rstd, scale, bias, group, first, length, at,
+            SLOPE, PLAIN, KEPT, CENTER_ONLY, BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN,
             X_ALIGN, X_LAST, Y_LAST, ROWS, LONG, WIDE,
         )  # fmt: skip
         last, all_dz, all_dz_x_hat = merge_shares(
@@ -193,10 +197,10 @@ def backward_ticket_kernel(
             partials_ptr, counters_ptr + 2, group, shares, within, there, CHANNELS
         )
         apply_share(
-            dx_ptr, dresidual_ptr, dy_ptr, x_ptr, residual_ptr, mean, rstd, scale, bias,
+            dx_ptr, dresidual_ptr, dy_ptr, x_ptr, kept_ptr, mean, rstd, scale, bias,
             mean_dz, mean_dz_x_hat, group, tl.where(lag < 0, first + length - 1, first),
             tl.where(lag < 0, -1, 1), length, at,
-            SLOPE, PLAIN, HAS_RESIDUAL, CENTER_ONLY, NEED_DX, NEED_DRESIDUAL,
+            SLOPE, PLAIN, KEPT, CENTER_ONLY, NEED_DX, NEED_DRESIDUAL,
             BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, ROWS, LONG, WIDE,
         )  # fmt: skip
         if passed(counters_ptr + 1) == groups * shares - 1:
@@ -207,11 +211,11 @@ def backward_ticket_kernel(
 def backward_owner_kernel(
     dx_ptr, dweight_ptr, dbias_ptr, dresidual_ptr,  # outputs: x's shape, [C], [C], x's shape
     # inputs: x's shape three times, then [C]
-    dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
+    dy_ptr, x_ptr, kept_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
     partials_ptr, counters_ptr,  # unused
     N, C, S, x_stride_n, x_stride_c, x_stride_s, magic, shift, width, count, tiles, run,
     groups, together, lag,
-    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    SLOPE: tl.constexpr, PLAIN: tl.constexpr, KEPT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, CENTER_ONLY: tl.constexpr, NEED_DX: tl.constexpr,
     NEED_DRESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr,
@@ -226,8 +230,8 @@ def backward_owner_kernel(
         CENTER_ONLY, HAS_WEIGHT, HAS_BIAS, BLOCK_C, WIDE,
     )  # fmt: skip
     sum_dz, sum_dz_x_hat = share_sums(
-        dy_ptr, x_ptr, residual_ptr, mean, rstd, scale, bias, group, 0, tiles, at,
-        SLOPE, PLAIN, HAS_RESIDUAL, CENTER_ONLY, BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN,
+        dy_ptr, x_ptr, kept_ptr, mean, rstd, scale, bias, group, 0, tiles, at,
+        SLOPE, PLAIN, KEPT, CENTER_ONLY, BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN,
         X_ALIGN, X_LAST, Y_LAST, ROWS, LONG, WIDE,
     )  # fmt: skip
     store_parameter_gradients(
@@ -236,11 +240,11 @@ def backward_owner_kernel(
     )  # fmt: skip
     positions = tl.cast(count, tl.int64).to(WIDE)
     apply_share(  # in reverse: the last tile read is still close by
-        dx_ptr, dresidual_ptr, dy_ptr, x_ptr, residual_ptr, mean, rstd, scale, bias,
+        dx_ptr, dresidual_ptr, dy_ptr, x_ptr, kept_ptr, mean, rstd, scale, bias,
         to_lanes(sum_dz / positions, at, BLOCK_C, CHANNELS, C_ALIGN),
         to_lanes(sum_dz_x_hat / positions, at, BLOCK_C, CHANNELS, C_ALIGN),
         group, tiles - 1, -1, tiles, at,
-        SLOPE, PLAIN, HAS_RESIDUAL, CENTER_ONLY, NEED_DX, NEED_DRESIDUAL,
+        SLOPE, PLAIN, KEPT, CENTER_ONLY, NEED_DX, NEED_DRESIDUAL,
         BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, ROWS, LONG, WIDE,
     )  # fmt: skip
 
@@ -249,11 +253,11 @@ def backward_owner_kernel(
 def backward_pass_kernel(
     dx_ptr, dweight_ptr, dbias_ptr, dresidual_ptr,  # outputs: x's shape, [C], [C], x's shape
     # inputs: x's shape three times, then [C]
-    dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
+    dy_ptr, x_ptr, kept_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
     partials_ptr, counters_ptr,  # see triton_merge.py
     N, C, S, x_stride_n, x_stride_c, x_stride_s, magic, shift, width, count, tiles, run,
     REDUCE: tl.constexpr,
-    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    SLOPE: tl.constexpr, PLAIN: tl.constexpr, KEPT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, CENTER_ONLY: tl.constexpr, NEED_DX: tl.constexpr,
     NEED_DRESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr,
@@ -269,7 +273,7 @@ def backward_pass_kernel(
     share = index - group * shares
     first, length = share_tiles(share, tiles, run)
     _, c, there = lane_channels(group, at, BLOCK_C, CHANNELS, C_ALIGN)
-    mean, rstd, scale, bias = channel_values(
+    mean, _, scale, bias = channel_values(
         mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, there,
         CENTER_ONLY, HAS_WEIGHT, HAS_BIAS, BLOCK_C, WIDE,
     )  # fmt: skip
@@ -281,8 +285,8 @@ def backward_pass_kernel(
             BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, ROWS, LONG,
         )  # fmt: skip
         dz, centred = gradient_tile(
-            dy_ptr, x_ptr, residual_ptr, mean, scale, bias, x_offset, y_offset, mask,
-            SLOPE, PLAIN, HAS_RESIDUAL, CENTER_ONLY, "evict_first", WIDE,
+            dy_ptr, x_ptr, kept_ptr, mean, scale, bias, x_offset, y_offset, mask,
+            SLOPE, PLAIN, KEPT, CENTER_ONLY, "evict_first", WIDE,
         )  # fmt: skip
         if NEED_DX:
             dx = dz * scale[:, None, None]

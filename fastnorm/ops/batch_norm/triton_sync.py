@@ -131,9 +131,9 @@ def merge_ranks_kernel(
 def apply_kernel(
     dx_ptr, dresidual_ptr,  # outputs: x's shape
     # inputs: x's shape three times, then [C], then [2 * C] and []
-    dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr, count_ptr,
+    dy_ptr, x_ptr, kept_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr, count_ptr,
     N, C, S, x_stride_n, x_stride_c, x_stride_s, magic, shift, width, count, tiles, run,
-    SLOPE: tl.constexpr, PLAIN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    SLOPE: tl.constexpr, PLAIN: tl.constexpr, KEPT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, NEED_DRESIDUAL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr,
     C_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, X_LAST: tl.constexpr, Y_LAST: tl.constexpr,
@@ -153,10 +153,10 @@ def apply_kernel(
     )  # fmt: skip
     positions = tl.load(count_ptr)
     apply_share(
-        dx_ptr, dresidual_ptr, dy_ptr, x_ptr, residual_ptr, mean, rstd, scale, bias,
+        dx_ptr, dresidual_ptr, dy_ptr, x_ptr, kept_ptr, mean, rstd, scale, bias,
         per_channel(sums_ptr, c, there, WIDE) / positions,
         per_channel(sums_ptr + channels, c, there, WIDE) / positions,
         group, first, 1, length, at,
-        SLOPE, PLAIN, HAS_RESIDUAL, False, True, NEED_DRESIDUAL,
+        SLOPE, PLAIN, KEPT, False, True, NEED_DRESIDUAL,
         BLOCK_C, BLOCK_V, VEC, CHANNELS, C_ALIGN, X_ALIGN, X_LAST, Y_LAST, ROWS, LONG, WIDE,
     )  # fmt: skip
