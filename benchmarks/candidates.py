@@ -74,6 +74,9 @@ _PLANES = (
     _WARPS,
     Knob("GROUP_BYTES", _PLAN, (512, 1024, 4096)),
     Knob("RUN_TILES", _PLAN, (1, 2, 4, 8)),
+    Knob("LAG", _PLAN, (1, 2, 4, 8)),
+    Knob("PROGRAMS", _PLAN, (4, 8, 16)),
+    Knob("SET_BYTES", _PLAN, (1 << 20, 6 << 20, 12 << 20)),
 )
 _LAUNCHES = Knob(
     "LAUNCHES", "benchmarks.two_launches", (1, 2), words=((2, "two launches"),), alone=True
@@ -83,9 +86,13 @@ _LAYER_NORM_CUDA = "fastnorm.ops.layer_norm.cuda"
 # the order of BatchNormForm in csrc/batch_norm.h
 _FORMS = tuple(enumerate(("pass", "owner", "hold", "ticket", "stream")))
 _TILES = (
-    # of a form and of a tile's batches; -1 and 0: the closed rule
+    # -1: the closed rule
     Knob("FORM", _BATCH_NORM_CUDA, (-1, 1, 2, 3, 4), words=_FORMS, taken="form"),
-    Knob("BATCHES", _BATCH_NORM_CUDA, (0, 1, 2, 4, 8), taken="batches"),
+    Knob("BATCHES", _BATCH_NORM_CUDA, (-1, 1, 2, 4, 8), taken="batches"),
+    Knob("COLUMNS", _BATCH_NORM_CUDA, (-1, 1, 2, 4, 8, 16, 32), taken="columns"),
+    Knob("BLOCKS", _BATCH_NORM_CUDA, (-1, 2)),
+    Knob("LAG", _BATCH_NORM_CUDA, (-1, 0, 10, 50, 100)),
+    Knob("HINTS", _BATCH_NORM_CUDA, (-1, 0), words=((0, "no hints"),)),
 )
 
 KNOBS: dict[tuple[str, str], tuple[Knob, ...]] = {

@@ -16,7 +16,7 @@ Together = tuple[Problem, tuple[Knob, ...], Changes]
 
 # batches of a tile in each form: the last tile of a group is not full, and of what is streamed
 # some is not held
-BATCHES = {"owner": 0, "hold": 2, "ticket": 3, "stream": 16}
+BATCHES = {"owner": -1, "hold": 2, "ticket": 3, "stream": 16}
 PLANES = (
     ("nchw", (3, 3, 220, 221)),
     ("nchw", (2400, 3, 7, 7)),

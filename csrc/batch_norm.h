@@ -58,6 +58,7 @@ struct BatchNormPlan {
     unsigned batches;  // of a tile
     unsigned held;     // batches of a tile that stay in shared memory
     unsigned lag;      // tiles by which applying stays behind reducing, beyond a group
+    bool hints;        // L2 is told what is read again, and what is not
     // how members tell each other what they found: see Exchange
     unsigned fan, branches;  // members of a branch, branches of a group; no branches: 0
     unsigned partial_rows;   // of channels: of members, of branches, the result
@@ -79,8 +80,13 @@ struct BatchNormRequest {
     bool one_pass;  // nothing depends on the group's sums
     int operands;   // tensors of x's size that are read before the group's sums are known
     int extras;     // and that are read afterwards only
-    int form;       // a BatchNormForm, or -1: the closed rule chooses
-    int batches;    // of a tile, or 0: the closed rule chooses
+    // what the closed rule chooses where it is -1
+    int form;     // a BatchNormForm
+    int batches;  // of a tile
+    int columns;  // of a group
+    int blocks;   // of a multiprocessor, that shared memory is given out for
+    int lag;      // in hundredths of the resident blocks
+    int hints;    // as of the plan
 };
 cudaError_t batch_norm_plan(const BatchNormShape& shape, const BatchNormRequest& request,
                             BatchNormPlan* plan);

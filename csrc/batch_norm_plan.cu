@@ -14,6 +14,7 @@ constexpr long kLine = 128;           // bytes of channels, where these are adja
 constexpr int kWidest = 128;          // channels, where as many as memory likes are adjacent
 constexpr long kMerge = 8 << 10;      // bytes of partial results that every block may read
 constexpr long kInFlight = 13 << 20;  // of L2, taken by tiles between their two reads
+constexpr int kLag = 25;              // of a ticket, in hundredths of the resident blocks
 
 long divide_up(long a, long b) {
     return (a + b - 1) / b;
@@ -61,7 +62,8 @@ struct Planner {
     int size, vector, wide;  // bytes, elements of 16 bytes, bytes
 
     // Blocks of a multiprocessor, as registers allow.
-    int share() const { return blocks_for(p.last, size); }
+    int share() const { return request.blocks > 0 ? request.blocks : blocks_for(p.last, size); }
+    int few() const { return std::min(share(), 2); }
     int slots() const { return request.backward ? kBackwardSlots : kForwardSlots; }
     long batch_bytes() const { return long(p.pitch) * slots() * 16; }  // of one operand
     long tensor() const { return long(p.total) * p.groups; }           // in batches
@@ -99,6 +101,7 @@ struct Planner {
         p.operands = request.operands;
         p.elements = shape.N * shape.C * shape.S;
         p.quick = is_quick(shape);
+        p.hints = request.hints != 0;
         long row = p.last ? shape.S : divide_up(shape.S, vector);
         if (p.skewed) row = (shape.S + 2 * vector - 3) / vector + 1;
         if (shape.N * row >= 1l << 31) return cudaErrorInvalidValue;
@@ -121,6 +124,7 @@ struct Planner {
 
     // The fewest columns of a group that read memory well.
     int columns() const {
+        if (request.columns > 0) return request.columns;
         const long lines = p.last ? divide_up(p.shape.C, vector) : p.shape.C;
         if (p.last) return power_of_two(lines, int(kLine / 16));
         if (p.transposed) {
@@ -180,6 +184,11 @@ struct Planner {
     }
 
     bool forced() const { return request.form >= 0; }
+    bool possible() const {
+        const int n = request.columns;
+        return n <= 0 || ((n & (n - 1)) == 0 && n * (p.last ? vector : 1) <= kWidest &&
+                          (!p.transposed || (n >= vector && n <= kLine / size)));
+    }
     bool takes(BatchNormForm form, unsigned batches) {
         p.form = form;
         split(request.batches > 0 ? unsigned(request.batches) : batches);
@@ -193,7 +202,8 @@ struct Planner {
 };
 
 cudaError_t Planner::pass() {
-    cut(p.last ? power_of_two(divide_up(p.shape.C, vector), kWidest / vector) : columns());
+    const int widest = power_of_two(divide_up(p.shape.C, vector), kWidest / vector);
+    cut(p.last && request.columns <= 0 ? widest : columns());
     if (!takes(BatchNormForm::pass, spread(4, 8))) return cudaErrorInvalidValue;
     take_memory(0, true);
     return finish();
@@ -201,28 +211,30 @@ cudaError_t Planner::pass() {
 
 // Takes the first form that fits, from the one that waits for nobody to the one that always can.
 cudaError_t Planner::choose() {
+    if (!possible()) return cudaErrorInvalidValue;
     if (request.one_pass) return pass();
     cut(columns());
     // small planes: fewer channels where they would leave multiprocessors idle
-    while (!p.last && !p.transposed && p.columns > 1 && p.groups < unsigned(device.processors))
+    while (request.columns <= 0 && !p.last && !p.transposed && p.columns > 1 &&
+           p.groups < unsigned(device.processors))
         cut(p.columns / 2);
 
     // owner: a group is one tile, or the tensor one wave of blocks
-    const unsigned tile = most_held(share(), false), half = most_held(2, false);
-    const bool one_wave = tensor() <= 2l * half * device.processors;
+    const unsigned tile = most_held(share(), false), half = most_held(few(), false);
+    const bool one_wave = tensor() <= long(few()) * half * device.processors;
     const bool busy = 4l * p.groups >= device.processors || p.total <= 2;
     if (takes(BatchNormForm::owner, p.total) &&
         (forced() || (busy && p.total <= (one_wave ? half : tile)))) {
         split(p.total);
-        const unsigned held = p.total <= half ? p.total : most_held(2, true);
+        const unsigned held = p.total <= half ? p.total : most_held(few(), true);
         take_memory(held, p.total > held);
         return finish();
     }
 
     // hold: few enough blocks wait for each other; if need be of fewer and larger tiles
     int blocks = 0;
-    for (const int each : {share(), 2}) {
-        const unsigned most = each == 2 ? half : tile;
+    for (const int each : {share(), few()}) {
+        const unsigned most = each == few() ? half : tile;
         if (!takes(BatchNormForm::hold, spread(most, each)) || p.batches > most) continue;
         take_memory(p.batches, false);
         FASTNORM_TRY(resident(&blocks));
@@ -243,7 +255,7 @@ cudaError_t Planner::choose() {
         (forced() || bytes <= long(device.l2) / 8 * 5 - kInFlight)) {
         take_memory(0, true);
         FASTNORM_TRY(resident(&blocks));
-        p.lag = unsigned(blocks) / 4;
+        p.lag = unsigned(blocks * (request.lag >= 0 ? request.lag : kLag) / 100);
         return finish();
     }
     return stream();
@@ -251,9 +263,11 @@ cudaError_t Planner::choose() {
 
 // The chip has no room for a group: lines of channels may be as long as memory likes.
 cudaError_t Planner::stream() {
-    if (p.last && !forced()) cut(power_of_two(divide_up(p.shape.C, vector), kWidest / vector));
+    if (p.last && !forced() && request.columns <= 0)
+        cut(power_of_two(divide_up(p.shape.C, vector), kWidest / vector));
     // at most half of the resident blocks share a group: the other half wants one too
-    while (p.last && !forced() && p.columns > 1 && p.groups < 2) cut(p.columns / 2);
+    while (p.last && !forced() && request.columns <= 0 && p.columns > 1 && p.groups < 2)
+        cut(p.columns / 2);
     take_memory(most_held(share(), true), true);
     int blocks = 0;
     FASTNORM_TRY(resident(&blocks));

@@ -176,7 +176,7 @@ struct Tile {
                 begin = 1;
             }
         }
-        const uint64_t policy = copy_policy(once);
+        const uint64_t policy = copy_policy(once && p.hints);
         if (p.quick && (kLast || !p.ragged)) {
             copy_quick<true>(h, begin, with_extra, policy);
         } else if (p.quick) {

@@ -117,6 +117,9 @@ void bind_batch_norm(py::module_& m) {
         .def_property_readonly("form", [](const BatchNormPlan& p) { return int(p.form); })
         .def_readonly("ordered", &BatchNormPlan::ordered)
         .def_readonly("groups", &BatchNormPlan::groups)
+        .def_readonly("quick", &BatchNormPlan::quick)
+        .def_readonly("columns", &BatchNormPlan::columns)
+        .def_readonly("lag", &BatchNormPlan::lag)
         .def_readonly("channels", &BatchNormPlan::channels)
         .def_readonly("members", &BatchNormPlan::members)
         .def_readonly("branches", &BatchNormPlan::branches)
@@ -130,10 +133,11 @@ void bind_batch_norm(py::module_& m) {
     m.def("batch_norm_plan",
           [](long N, long C, long S, long x_stride_n, long x_stride_c, long x_stride_s, bool y_last,
              Dtype dtype, Activation activation, bool backward, bool one_pass, int operands,
-             int extras, int form, int batches) {
+             int extras, int form, int batches, int columns, int blocks, int lag, int hints) {
               const BatchNormShape shape = {N, C, S, x_stride_n, x_stride_c, x_stride_s, 0, 0, 0};
               const BatchNormRequest request = {dtype,    activation, y_last, backward, one_pass,
-                                                operands, extras,     form,   batches};
+                                                operands, extras,     form,   batches,  columns,
+                                                blocks,   lag,        hints};
               BatchNormPlan plan;
               check("batch_norm_plan", batch_norm_plan(shape, request, &plan));
               return plan;

@@ -26,7 +26,7 @@ pytestmark = [
 
 # form -> batches of a tile: several blocks share a group, the last tile is not full, and what
 # streams does not fit
-FORMS = {"owner": 0, "hold": 2, "ticket": 3, "stream": 4}
+FORMS = {"owner": -1, "hold": 2, "ticket": 3, "stream": 4}
 SEEDS = range(4)
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "nchw": lambda: torch.randn(4, 2, 64, 64) * 3 + 1,

@@ -15,9 +15,13 @@ from fastnorm.ops.batch_norm import backward_outputs, forward_outputs, mean_only
 from fastnorm.ops.batch_norm.composite import keeps_output
 from fastnorm.ops.extension import extension
 
-# a form (a position in the extension's BATCH_NORM_FORMS) and a tile's number of batches, for tests:
-# the closed rule of csrc/batch_norm_plan.cu chooses where they are -1 and 0
-FORM, BATCHES = -1, 0
+# for tests and measurements: where one is -1, the closed rule of csrc/batch_norm_plan.cu chooses
+FORM = -1  # a position in the extension's BATCH_NORM_FORMS
+BATCHES = -1  # of a tile
+COLUMNS = -1  # of a group: channels, or 16 bytes of channels in channels_last
+BLOCKS = -1  # of a multiprocessor, that shared memory is given out for
+LAG = -1  # of a ticket, in hundredths of the resident blocks
+HINTS = -1  # 0: L2 is not told what is read again
 
 
 @functools.lru_cache(maxsize=4096)
@@ -52,7 +56,8 @@ def plan(
     strides = None if x.is_contiguous() else (x.stride(), y.stride())  # y is contiguous if x is
     return _plan(
         x.get_device(), x.shape, strides, x.dtype,
-        activation, backward, one_pass, operands, extras, FORM, BATCHES,
+        activation, backward, one_pass, operands, extras,
+        FORM, BATCHES, COLUMNS, BLOCKS, LAG, HINTS,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ LINE_BYTES = 128  # of channels, in channels_last; and the shortest run of a nar
 RUN_TILES = 4  # of a ticket whose second read comes from L2; half where L2 has little room left
 SHARES = 512  # at most so many of a group that L2 holds: one program merges them
 PROGRAMS = 8  # for each multiprocessor, where nothing but their number limits a run
+LAG = 2  # programs of each multiprocessor by which a ticket's second read stays behind its first
 SET_BYTES = 6 << 20  # of neighbouring groups that go together, for longer runs of memory
 IN_FLIGHT = 1 << 17  # of L2, for each multiprocessor: what is between its two reads
 FLAT = 4096  # the longest run of memory that is read as one row of lanes
@@ -78,7 +79,7 @@ def plan(x: Tensor, y: Tensor, operands: int, one_pass: bool = False) -> Plan:
 
 
 def _limits() -> tuple[int, ...]:
-    return TILE_BYTES, OWNER_TILES, RUN_TILES, SHARES, PROGRAMS, SET_BYTES, IN_FLIGHT
+    return TILE_BYTES, OWNER_TILES, RUN_TILES, LAG, SHARES, PROGRAMS, SET_BYTES, IN_FLIGHT
 
 
 class _Cut(NamedTuple):
@@ -104,7 +105,7 @@ def _plan(
     sms: int,
     l2: int,
 ) -> Plan:
-    tile_bytes, owner_tiles, run_tiles, most, programs, set_bytes, in_flight = limits
+    tile_bytes, owner_tiles, run_tiles, behind, most, programs, set_bytes, in_flight = limits
     cut = _cut(shape, strides, itemsize, operands, tile_bytes, sms)
     N, C, S = cut.N, cut.C, cut.S
     k = cut.constants
@@ -123,7 +124,7 @@ def _plan(
         together = max(min(set_bytes // group_bytes, groups), 1)
         run = run_tiles if group_bytes <= set_bytes else run_tiles // 2
         run = max(min(run, everything // (4 * sms)), -(-tiles // most), 1)
-        lag = -(-2 * sms // run)
+        lag = -(-behind * sms // run)
     else:  # rows are read whole, though a group is a part of each
         together, lag = groups if k["ROWS"] else 1, -1
         run = -(-together * tiles // (programs * sms))
