@@ -80,14 +80,16 @@ __device__ __forceinline__ void pull_back(const Tile& tile, unsigned h, int u, K
                                           const C& channels, const Activity& activity,
                                           const W (&centred)[V], W (&dz)[V]) {
     W z[V];
-    if (kept != Kept::nothing) tile.get(tile.slots(h, kKept), u, z);
-    if (kept != Kept::output) {
 #pragma unroll
-        for (int j = 0; j < V; ++j) {
-            const int k = kLast ? j : 0;
-            const W own = centred[j] * channels.get(kScale, k) + channels.get(kBias, k);
-            z[j] = kept == Kept::residual ? own + z[j] : own;
-        }
+    for (int j = 0; j < V; ++j) {
+        const int k = kLast ? j : 0;
+        z[j] = centred[j] * channels.get(kScale, k) + channels.get(kBias, k);
+    }
+    if (kept != Kept::nothing) {
+        W other[V];
+        tile.get(tile.slots(h, kKept), u, other);
+#pragma unroll
+        for (int j = 0; j < V; ++j) z[j] = kept == Kept::output ? other[j] : z[j] + other[j];
     }
     // of fp64 one after the other: two at once take more registers than there are
     constexpr int kPart = sizeof(T) == 8 ? 1 : V;
