@@ -17,7 +17,7 @@ from benchmarks.schema import Row
 from benchmarks.timing import Timing, device_time
 
 SEGMENT_LOSS = 48  # bytes that each segment may cost on top of its own, in the model
-SEGMENTS = (128, 256, 512, 1024)  # bytes; and whole rows
+SEGMENTS = (32, 64, 128, 256, 512, 1024)  # bytes; and whole rows
 ITEM = 2  # bytes of bf16
 
 

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from fastnorm.init import data_dependent_init_
 from fastnorm.modules.weight_norm import weight_norm
+from tests.layers import everywhere
 
 
 def normed_model(wrap=weight_norm):
@@ -21,8 +22,9 @@ def normed_model(wrap=weight_norm):
     )
 
 
+@everywhere
 @pytest.mark.parametrize("wrap", [weight_norm, parametrizations.weight_norm])
-def test_initialised_layers_have_mean_zero_and_variance_one(wrap):
+def test_initialised_layers_have_mean_zero_and_variance_one(backend, wrap):
     torch.manual_seed(0)
     model, x = normed_model(wrap), torch.randn(16, 3, 8, 8) * 3 + 2
     assert data_dependent_init_(model, x) == ["0", "2", "4"]
@@ -37,6 +39,7 @@ def test_initialised_layers_have_mean_zero_and_variance_one(wrap):
     assert x.requires_grad and model.training
 
 
+@everywhere
 @pytest.mark.parametrize(
     "make",
     [
@@ -46,7 +49,7 @@ def test_initialised_layers_have_mean_zero_and_variance_one(wrap):
         lambda: weight_norm(nn.ConvTranspose1d(6, 6, 1, groups=2), dim=1),
     ],
 )
-def test_one_scale_where_g_is_not_per_output_channel(make):
+def test_one_scale_where_g_is_not_per_output_channel(backend, make):
     torch.manual_seed(0)
     layer = make()
     x = torch.randn(32, 6) if isinstance(layer, nn.Linear) else torch.randn(32, 6, 3)
