@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import fastnorm
 from benchmarks import timing
+from benchmarks.context import dead_context
 from benchmarks.correctness import SAME
 from benchmarks.measure import first_line
 from benchmarks.report.lines import is_compiled, is_ours
 from benchmarks.schema import Row
-from benchmarks.shares import PROFILER
+from benchmarks.shares import profiler
 from benchmarks.zoo import AUTOCAST, PURE, Model
 
 PROVIDERS = (
@@ -215,12 +216,12 @@ def rows(model: Model, provider: str, device: str) -> Iterator[Row]:
         row = _row(model, provider, device)
         # before and after: of what is compiled, no kernel has the name of an op
         if row.ok and device != "cpu" and provider in ("torch", "fastnorm"):
-            row.note += f"; {PROFILER.told(model.variant, provider, device)}"
+            row.note += f"; {profiler(device).told(model.variant, provider)}"
         yield row
     except Exception as error:
         yield blank(model, provider, device, first_line(error), ok=False)
-        if "CUDA error" in str(error):
-            raise
+        if dead_context():
+            raise  # this process can measure nothing more
 
 
 def ready(model: Model, device: str) -> tuple[str, nn.Module, Tensor, bool]:
