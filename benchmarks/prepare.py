@@ -25,13 +25,13 @@ from benchmarks import correctness, timing
 from benchmarks.calls import Provider
 from benchmarks.context import dead_context
 from benchmarks.ops import OPS
-from benchmarks.problems import Problem
+from benchmarks.problems import HOST, Problem
 from benchmarks.providers import Compiled, Ours
 
 MOST = 12  # processes: each has a context of its own on the device
 MEMORY = 0.85  # of the device's, of all of them together
 LEAST = 4 << 30  # bytes of the device's memory for each: a context takes half a gigabyte
-FORWARD = frozenset({"forward", "host"})  # modes that run no backward
+FORWARD = frozenset({"forward", HOST[0]})  # modes that run no backward
 JIT_PEERS = ("liger-kernel",)  # a peer that tunes is not among them: it may keep what it chose
 
 

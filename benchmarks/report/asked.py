@@ -11,9 +11,10 @@ from benchmarks.report.tables import where, why
 TARGET_LEGEND = (
     "The target of a row is what came out and what benchmarks/targets.py asks: floor, its floor "
     "fraction; best, torch: its speed over that of the best other, of torch; host, memory: over "
-    "torch's; epilogue: its time over that of the norm without its activation; ≈: short of it by "
-    "noise. Memory is our peak over torch's, inputs included: of a forward until it returns, of a "
-    "backward that of forward and backward together, with what is saved between them."
+    "torch's; epilogue: its time over that of the norm without its activation; frozen: over that "
+    "with weights that learn; ≈: short of it by noise. Memory is our peak over torch's, inputs "
+    "included: of a forward until it returns, of a backward that of forward and backward together, "
+    "with what is saved between them."
 )
 
 
