@@ -106,6 +106,12 @@ def text(found: dict[str, float]) -> str:
     return f"norm+activation {found[NORM] + found[ACTIVATION]:.1%} of the step ({each})"
 
 
+def read(note: str) -> str | None:
+    """The part of norms and activations that a row's note tells."""
+    found = re.search(r"norm\+activation ([0-9.]+%) of the step", note)
+    return found[1] if found else None
+
+
 def _main(connection: Connection, device: str) -> None:
     """Profile a step of every model and provider that is received."""
     from benchmarks import models
