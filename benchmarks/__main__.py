@@ -1,6 +1,7 @@
 """``python -m benchmarks run`` measures, ``report`` shows it, ``compare`` tells two runs apart,
 ``tune`` times the candidates of one op against each other, ``probe`` asks the memory what the forms
-of batch norm depend on, ``train`` compares whole trainings."""
+of batch norm depend on, ``rule`` says from which size on whose kernels are called, ``train``
+compares whole trainings."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command, probe, report, suites, training, tune
+from benchmarks import command, probe, report, rule, suites, training, tune
 from benchmarks.ops import OPS
 from benchmarks.prepare import add_prepare
 from benchmarks.problems import DTYPES
@@ -109,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     report.register(commands)
     tune.register(commands, seconds, several)
     probe.register(commands, seconds, several, Flat)
+    rule.register(commands)
     training.register(commands, several)
     return made
 

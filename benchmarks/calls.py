@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
-from benchmarks.ops import Function, Tensors
+from benchmarks.activations import Function
+from benchmarks.ops import Tensors
 from benchmarks.problems import Problem
 
 Gradients = tuple[Tensor | None, ...]
@@ -62,14 +63,26 @@ class Provider:
         raise NotImplementedError
 
 
-def through_autograd(function: Function, tensors: Tensors, note: str = "") -> Call:
-    """A call whose backward is autograd's."""
+def of_leaves(forward: Callable[[], Any], tensors: Tensors, note: str = "") -> Call:
+    """A call whose backward is autograd's, to those of its tensors that want a gradient. The last
+    one is the engine's alone: what `grad` looks at in Python first costs as much as a layer, once
+    for a whole model."""
     wanted = {name: t for name, t in tensors.items() if t.requires_grad}
     leaves = tuple(wanted.values())
 
-    def backward(result: Any, dys: tuple[Tensor, ...], keep: bool = True) -> Gradients:
-        return torch.autograd.grad(result, leaves, dys, retain_graph=keep, allow_unused=True)
+    def backward(result: Any, dys: tuple[Tensor, ...]) -> Gradients:
+        return torch.autograd.grad(result, leaves, dys, retain_graph=True, allow_unused=True)
+
+    def last(result: Any, dys: tuple[Tensor, ...]) -> Gradients:
+        results = result if isinstance(result, tuple) else (result,)
+        return _engine_run_backward(
+            results, dys, False, False, leaves, allow_unreachable=True, accumulate_grad=False
+        )
 
     names = tuple(f"d{name}" for name in wanted)
-    last = functools.partial(backward, keep=False)
-    return Call(lambda: function(**tensors), backward, names, note=note, last_backward=last)
+    return Call(forward, backward, names, note=note, last_backward=last)
+
+
+def through_autograd(function: Function, tensors: Tensors, note: str = "") -> Call:
+    """A function of the tensors, whose backward is autograd's."""
+    return of_leaves(lambda: function(**tensors), tensors, note)

@@ -119,7 +119,8 @@ def run(chosen: argparse.Namespace) -> int:
     budget = chosen.budget or (CPU_BUDGET if device == "cpu" else GPU_BUDGET)
     if device == "cpu":
         print("on the CPU: fastnorm is torch's own functions here, and its kernels do not run")
-    status, left_out = 0, []
+    status = 0
+    left_out: list[Job] = []
     if jobs:
         status, left_out = measured(jobs, device, budget, out, chosen.note, chosen.prepare)
     if status:

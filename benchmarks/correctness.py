@@ -46,11 +46,12 @@ class Oracle:
     _kept: list[tuple[slice, dict[str, Tensor]]] = field(default_factory=list)
 
     def shapes(self, with_gradients: bool) -> dict[str, torch.Size]:
-        """Every result of the problem: outputs, gradients where wanted, running statistics."""
+        """Every result of the problem: outputs, gradients where wanted, running statistics. A
+        parameter that is frozen is none."""
         found = {f"y{i}": dy.shape for i, dy in enumerate(self.dys)}
         for name, t in self.tensors.items():
             if not t.requires_grad:
-                found[name] = t.shape
+                found |= {name: t.shape} if name.startswith("running_") else {}
             elif with_gradients and self.with_gradients:
                 found[f"d{name}"] = t.shape
         return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from benchmarks.problems import Problem
+from benchmarks.problems import HOST, WALL, Problem
 
 
 def _moves(problem: Problem, mode: str, forward: int, backward: int) -> int:
@@ -68,4 +68,4 @@ FLOORS: dict[str, Callable[[Problem, str], int]] = {
 def floor_bytes(problem: Problem, mode: str) -> int | None:
     """The floor of a mode of a problem; None for host time, which moves nothing, and for the wall
     clock of a step, which is host time too."""
-    return None if mode in ("host", "step") else FLOORS[problem.op](problem, mode)
+    return None if mode in (*HOST, *WALL) else FLOORS[problem.op](problem, mode)

@@ -24,7 +24,8 @@
 # FASTNORM_PROBE, FASTNORM_TUNE   what they are asked: "--op layer_norm --shape 4096x768", "--op layer_norm
 #                   --suite ops" (all probes; the forms of batch norm on every shape)
 # FASTNORM_TESTS    which tests, with spaces between them (tests)
-# FASTNORM_SUITES   which suites, with commas between them (ops,models,host,kernelbench)
+# FASTNORM_SUITES   which suites, with commas between them (ops,models,host,rule,
+#                   epilogues,kernelbench)
 # FASTNORM_COMMIT   the sha that the results name, "-dirty" behind it where files differ; else git is asked
 # FASTNORM_WHEELS   a folder of wheels to install before anything else, without a network
 # FASTNORM_BUILD_CUDA=0   leave the extension out
@@ -184,7 +185,7 @@ elif wanted sanitize; then
     sanitize racecheck triton _ticket_kernel --together
 fi
 
-device=cuda suites=${FASTNORM_SUITES:-ops,models,host,kernelbench}
+device=cuda suites=${FASTNORM_SUITES:-ops,models,host,rule,epilogues,kernelbench}
 tuned="--op batch_norm --suite ops,kernelbench --distinct --knob FORM LAUNCHES"
 [ -n "$dry" ] && device=cpu suites=quick tuned="--op activation --shape 4096 --mode forward"
 ahead=() # of tune and suite; what runs on a CPU compiles nothing

@@ -7,14 +7,12 @@ nothing, while the one that does waits for it.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import statistics
 import warnings
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 # torch has it from C, and exports it without saying so
@@ -22,6 +20,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import timing
+from benchmarks.child import Ended, Helper, Late
 from benchmarks.problems import Problem
 
 SMALL_BYTES = 10**6  # of x: from there on launches are not what takes the time
@@ -112,46 +111,16 @@ def _main(connection: Connection, device: str, seed: int) -> None:
             connection.send(dict.fromkeys(modes, f"{NOT_COUNTED}: {first_line(error)}"))
 
 
-class Counter:
-    """The process that counts, as the one that times sees it: started when it is first asked, and
-    never again once it died."""
+class Counter(Helper):
+    """The process that counts, as the one that times sees it: never asked again once it died."""
 
     def __init__(self, device: str, seed: int) -> None:
-        self._arguments, self._dead = (device, seed), False
-        self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
+        super().__init__(_main, (device, seed), "kernel counter", LIMIT_S)
 
     def told(self, problem: Problem, provider: str, modes: tuple[str, ...]) -> dict[str, str]:
         """For every mode what its note is to say: what was counted, or why it was not."""
-        if not self._dead:
-            try:
-                return self._asked(problem, provider, modes)
-            except (EOFError, OSError):
-                self._dead = True
-                self.stop()
-        return dict.fromkeys(modes, f"{NOT_COUNTED}: the process that counts them died")
-
-    def _asked(self, problem: Problem, provider: str, modes: tuple[str, ...]) -> dict[str, str]:
-        if self._connection is None:
-            context = multiprocessing.get_context("spawn")  # CUDA survives no fork
-            self._connection, theirs = context.Pipe()
-            # a daemon: it ends with the process that asks, or when that one's end of the pipe does
-            self._process = context.Process(
-                target=_main, args=(theirs, *self._arguments), daemon=True, name="kernel counter"
-            )
-            self._process.start()
-            theirs.close()
-        self._connection.send((problem, provider, modes))
-        if not self._connection.poll(LIMIT_S):
-            raise EOFError
-        found: dict[str, str] = self._connection.recv()
+        try:
+            found: dict[str, str] = self.asked((problem, provider, modes))
+        except (Ended, Late):
+            return dict.fromkeys(modes, f"{NOT_COUNTED}: the process that counts them died")
         return found
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join(10)
-            self._process = None
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None

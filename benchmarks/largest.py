@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import models
+from benchmarks.context import dead_context
 from benchmarks.measure import Bench, first_line
 from benchmarks.schema import Row
 from benchmarks.zoo import MODELS
@@ -98,7 +99,7 @@ class LargestJob:
             row.note, row.ok = self._found(), True
         except Exception as error:
             row.note = first_line(error)
-            if "CUDA error" in str(error):
+            if dead_context():
                 yield row
                 raise
         yield row

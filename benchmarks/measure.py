@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import zlib
 from collections.abc import Callable, Iterator
@@ -9,18 +10,20 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks import correctness, kernels, timing
+from benchmarks import correctness, host_profile, kernels, timing
 from benchmarks.calls import Call, Provider
 from benchmarks.context import dead_context
 from benchmarks.correctness import Oracle
 from benchmarks.floors import floor_bytes
 from benchmarks.ops import OPS, Tensors
-from benchmarks.problems import DTYPES, TRAINING, Problem
+from benchmarks.problems import DTYPES, GRAPH, HOST, STEP, STEPS, TRAINING, WALL, Problem
 from benchmarks.providers import PROVIDERS
+from benchmarks.report.lines import is_ours
 from benchmarks.schema import Row
 
 HOST_GAPS = "its host time is long: the device may have waited for it within the time"
-STEPS, WARMUP = 50, 10  # of a step whose wall clock is taken
+RUNS, WARMUP = 50, 10  # of a step whose wall clock is taken
+IN_A_ROW = 20
 SPREAD = 0.1  # of a copy's own times, from which on a row says it
 SPREAD_COPY = f"floor_fraction is as sure as the copy's own times, over {SPREAD:.0%} apart"
 
@@ -37,6 +40,17 @@ def blank(problem: Problem, mode: str, provider: str, note: str = "", ok: bool =
         op=problem.op, variant=problem.variant, mode=mode, shape=list(problem.shape),
         layout=problem.layout, dtype=problem.dtype, provider=provider, ok=ok, note=note,
     )  # fmt: skip
+
+
+def _host_call(
+    call: Call, mode: str, dys: tuple[torch.Tensor, ...]
+) -> tuple[Callable[..., object], Callable[[], object] | None]:
+    """(what is timed on the host, what its argument comes from)."""
+    if mode == "host":
+        return call.forward, None
+    backward = call.last_backward or call.backward
+    assert backward is not None, "served modes only"
+    return lambda y: backward(y, dys), call.forward
 
 
 @dataclass
@@ -141,7 +155,8 @@ class Bench:
                 for mode in modes:
                     row = self._timed(stage, call, mode, provider.name)
                     row.error, row.torch_error = error, torch_error
-                    row.note = "; ".join(filter(None, (row.note, counts.get(mode))))
+                    profile = self._profile(stage, call, mode) if is_ours(provider.name) else ""
+                    row.note = "; ".join(filter(None, (row.note, counts.get(mode), profile)))
                     yield row
                     done += 1
         except Exception as error:
@@ -164,12 +179,11 @@ class Bench:
     def _timed(self, stage: Stage, call: Call, mode: str, provider: str) -> Row:
         row = blank(stage.problem, mode, provider)
         notes = [call.note] if call.note else []
-        if mode == "host":
-            found = timing.host_time(call.forward, self.device)
-        elif mode == "step":
-            row.peak_memory_mib = self._memory(stage, call, mode)
-            steps = (STEPS, WARMUP) if self.device != "cpu" else (3, 1)
-            found = timing.step_time(lambda: call.step(stage.oracle.dys), self.device, *steps)
+        dys = stage.oracle.dys
+        if mode in HOST:
+            found = self._host(call, mode, dys)
+        elif mode in WALL:
+            found = self._wall(stage, call, mode, row)
         else:
             # before a backward's forward, whose saved tensors would be there when it starts
             row.peak_memory_mib = self._memory(stage, call, mode)
@@ -187,6 +201,26 @@ class Bench:
                 notes.append(SPREAD_COPY)
         row.note = "; ".join(notes)
         return row
+
+    def _host(self, call: Call, mode: str, dys: tuple[torch.Tensor, ...]) -> timing.Timing:
+        run, before = _host_call(call, mode, dys)
+        return timing.host_time(run, self.device, before=before)
+
+    def _profile(self, stage: Stage, call: Call, mode: str) -> str:
+        """Where the host's time goes."""
+        if mode not in HOST:
+            return ""
+        run, before = _host_call(call, mode, stage.oracle.dys)
+        return host_profile.profiled(run, self.device, before)
+
+    def _wall(self, stage: Stage, call: Call, mode: str, row: Row) -> timing.Timing:
+        step: Callable[[], object] = functools.partial(call.step, stage.oracle.dys)
+        if mode == STEP:
+            row.peak_memory_mib = self._memory(stage, call, mode)
+        if mode == GRAPH:
+            step = timing.graph_of(step)
+        steps, warmup = (RUNS, WARMUP) if self.device != "cpu" else (3, 1)
+        return timing.step_time(step, self.device, steps, warmup, IN_A_ROW if mode == STEPS else 1)
 
     def _memory(self, stage: Stage, call: Call, mode: str) -> float | None:
         """The peak as a user sees it: of a forward, with its inputs, outputs and what it saves; of

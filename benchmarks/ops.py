@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.activations import ACTIVATIONS, EPILOGUES, Function
 from benchmarks.problems import DTYPES, Problem
 from fastnorm import functional
 from fastnorm.ops.weight_norm.group import weight_norm_group
 
 Tensors = dict[str, Tensor]
-Function = Callable[..., Any]  # (**tensors) -> a tensor or a tuple of them
 
 # the generator of HiFi-GAN V1: v of every weight-normed layer
 HIFIGAN = (
@@ -82,14 +80,7 @@ def _finish(variant: str) -> tuple[bool, str]:
 
 def _batch_norm_torch(problem: Problem) -> Function:
     has_residual, name = _finish(problem.variant)
-    # in place where models write it so: relu saves its output, silu and gelu their input
-    activation: Function = {
-        "": lambda y: y,
-        "relu": F.relu_,
-        "relu6": lambda y: F.relu6(y, inplace=True),
-        "silu": F.silu,
-        "gelu": F.gelu,
-    }[name]
+    activation: Function = EPILOGUES.get(name, lambda y: y)
 
     def run(x, weight, bias, running_mean, running_var, residual=None):  # type: ignore[no-untyped-def]
         y = F.batch_norm(x, running_mean, running_var, weight, bias, True)
@@ -136,9 +127,10 @@ def _mean_only_ours(problem: Problem) -> Function:
     return run
 
 
-# layer norm: parameters of x's dtype, because torch takes no other on CUDA
+# layer norm: parameters of x's dtype, because torch takes no other on CUDA; but of fp32, as
+# autocast leaves them, in FP32_WEIGHTS, and without gradients in FROZEN
 
-_LAYER_NORM_ACTIVATIONS: dict[str, Function] = {"gelu": F.gelu, "silu": F.silu}
+FP32_WEIGHTS, FROZEN = "fp32_weights", "frozen"
 
 
 def _layer_norm_tensors(problem: Problem, device: str) -> Tensors:
@@ -149,18 +141,22 @@ def _layer_norm_tensors(problem: Problem, device: str) -> Tensors:
     else:
         x = _dense(problem.shape, "rows", dtype, device)
     dims = 3 if problem.variant == "last3" else 1
-    tensors = {"x": x.requires_grad_(), **_scale_shift(problem.shape[-dims:], dtype, device)}
+    wide = torch.float32 if problem.variant == FP32_WEIGHTS else dtype
+    parameters = _scale_shift(problem.shape[-dims:], wide, device)
+    tensors = {"x": x.requires_grad_(), **parameters}
+    if problem.variant == FROZEN:
+        tensors |= {name: t.detach() for name, t in parameters.items()}
     if problem.variant == "residual":
         tensors["residual"] = torch.randn_like(x).requires_grad_()
     return tensors
 
 
 def _layer_norm_torch(problem: Problem) -> Function:
-    activation = _LAYER_NORM_ACTIVATIONS.get(problem.variant)
+    activation = EPILOGUES.get(problem.variant)
 
     def run(x, weight, bias, residual=None):  # type: ignore[no-untyped-def]
-        if residual is None:
-            y = F.layer_norm(x, weight.shape, weight, bias)
+        if residual is None:  # in the parameters' type, as torch's layer runs under autocast
+            y = F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias).to(x.dtype)
             return activation(y) if activation else y
         total = x + residual
         return F.layer_norm(total, weight.shape, weight, bias), total
@@ -169,7 +165,7 @@ def _layer_norm_torch(problem: Problem) -> Function:
 
 
 def _layer_norm_ours(problem: Problem) -> Function:
-    name = problem.variant if problem.variant in _LAYER_NORM_ACTIVATIONS else None
+    name = problem.variant if problem.variant in EPILOGUES else None
 
     def run(x, weight, bias, residual=None):  # type: ignore[no-untyped-def]
         return functional.layer_norm(
@@ -232,31 +228,12 @@ def _weight_norm_ours(problem: Problem) -> Function:
 
 
 def _activation_tensors(problem: Problem, device: str) -> Tensors:
-    x = _dense(problem.shape, "flat", DTYPES[problem.dtype], device).requires_grad_()
-    if problem.variant != "swish":
+    x = _dense(problem.shape, problem.layout, DTYPES[problem.dtype], device).requires_grad_()
+    if problem.variant not in ("swish", "swish_channels"):
         return {"x": x}
-    return {"x": x, "beta": torch.tensor([1.2], device=device).requires_grad_()}
-
-
-def _kernelbench_88(x: Tensor) -> Tensor:
-    """GELU as KernelBench's MinGPT writes it."""
-    inner = x + 0.044715 * torch.pow(x, 3.0)
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * inner))
-
-
-ACTIVATIONS: dict[str, tuple[Function, Function]] = {  # torch's, ours
-    "gelu": (F.gelu, functional.gelu),
-    "gelu_tanh": (
-        lambda x: F.gelu(x, approximate="tanh"),
-        lambda x: functional.gelu(x, approximate="tanh"),
-    ),
-    "silu": (F.silu, functional.silu),
-    "selu": (F.selu, functional.selu),
-    "swish": (lambda x, beta: x * torch.sigmoid(beta.to(x.dtype) * x), functional.swish),
-    # as the problem of that number writes it, which is what its runner times
-    "kernelbench_25": (lambda x: x * torch.sigmoid(x), functional.silu),
-    "kernelbench_88": (_kernelbench_88, lambda x: functional.gelu(x, approximate="tanh")),
-}
+    betas = problem.shape[1] if problem.variant == "swish_channels" else 1
+    beta = torch.rand(betas, device=device) + 0.7
+    return {"x": x, "beta": beta.requires_grad_()}
 
 
 def _positional(function: Function) -> Function:
@@ -268,7 +245,7 @@ _PLANES = {"x": 1, "residual": 1, "y0": 1} | dict.fromkeys(
 )
 OPS: dict[str, Op] = {
     "batch_norm": Op(
-        ("plain", "relu", "relu6", "silu", "gelu", "residual", "residual+relu", "residual+silu"),
+        ("plain", *EPILOGUES, "residual", "residual+relu", "residual+silu"),
         ("nchw", "nhwc", "nlc", "rows"),
         _batch_norm_tensors, _batch_norm_torch, _batch_norm_ours, _PLANES,
     ),
@@ -277,7 +254,7 @@ OPS: dict[str, Op] = {
         _mean_only_tensors, _mean_only_torch, _mean_only_ours, _PLANES,
     ),
     "layer_norm": Op(
-        ("plain", "last3", "residual", *_LAYER_NORM_ACTIVATIONS), ("rows", "nchw"),
+        ("plain", "last3", "residual", FP32_WEIGHTS, FROZEN, *EPILOGUES), ("rows", "nchw"),
         _layer_norm_tensors, _layer_norm_torch, _layer_norm_ours,
         {"x": 0, "residual": 0, "y0": 0, "y1": 0},
     ),
@@ -286,7 +263,7 @@ OPS: dict[str, Op] = {
         _each_weight(torch._weight_norm), _weight_norm_ours,
     ),
     "activation": Op(
-        tuple(ACTIVATIONS), ("flat",), _activation_tensors,
+        tuple(ACTIVATIONS), ("flat", "nchw", "nhwc"), _activation_tensors,
         lambda problem: _positional(ACTIVATIONS[problem.variant][0]),
         lambda problem: _positional(ACTIVATIONS[problem.variant][1]),
         {"x": 0, "y0": 0},

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.calls import Call, Gradients, Provider, through_autograd
-from benchmarks.ops import OPS, Tensors
-from benchmarks.problems import Problem
+from benchmarks.ops import Tensors
+from benchmarks.problems import GRAPH, STEPS, Problem
 
 BELOW_AUTOGRAD = "called below autograd, which the others go through"
 
@@ -40,7 +40,9 @@ class Peer(Provider):
         return "it serves CUDA tensors" if device == "cpu" else None
 
     def serves(self, problem: Problem, mode: str) -> bool:
-        if mode != "forward" and problem.variant in self.forward_only:
+        if mode in (STEPS, GRAPH):  # about launches, torch's and ours
+            return False
+        if mode not in ("forward", "host") and problem.variant in self.forward_only:
             return False
         return self._adapter(problem) is not None
 
@@ -216,6 +218,9 @@ def _attorch_activation(problem: Problem, tensors: Tensors) -> Call:
     return through_autograd(lambda x: function(x, name, 0.0, True), tensors)
 
 
+ATTORCH = (
+    *("plain", "relu", "relu6", "silu", "gelu", "residual", "residual+relu", "residual+silu"),
+)
 PEERS = (
     Peer(
         "liger-kernel",
@@ -257,10 +262,7 @@ PEERS = (
         slow=True,
         package="attorch",
         adapters=(
-            *(
-                ("batch_norm", variant, _attorch_batch_norm)
-                for variant in OPS["batch_norm"].variants
-            ),
+            *(("batch_norm", variant, _attorch_batch_norm) for variant in ATTORCH),
             ("layer_norm", "plain", _attorch_layer_norm),
             *(
                 ("activation", name, _attorch_activation)

@@ -23,14 +23,15 @@ import torch
 
 from benchmarks import correctness, timing
 from benchmarks.calls import Provider
+from benchmarks.context import dead_context
 from benchmarks.ops import OPS
-from benchmarks.problems import Problem
+from benchmarks.problems import HOST, Problem
 from benchmarks.providers import Compiled, Ours
 
 MOST = 12  # processes: each has a context of its own on the device
 MEMORY = 0.85  # of the device's, of all of them together
 LEAST = 4 << 30  # bytes of the device's memory for each: a context takes half a gigabyte
-FORWARD = frozenset({"forward", "host"})  # modes that run no backward
+FORWARD = frozenset({"forward", HOST[0]})  # modes that run no backward
 JIT_PEERS = ("liger-kernel",)  # a peer that tunes is not among them: it may keep what it chose
 
 
@@ -115,10 +116,10 @@ def main(connection: Connection, device: str, share: float, jobs: Sequence[OnPro
         for job in jobs:
             try:
                 once(job, device)
-            except Exception as error:
+            except Exception:
                 connection.send(False)
-                if "CUDA error" in str(error):
-                    return  # the context is gone with it
+                if dead_context():
+                    return
             else:
                 connection.send(True)
 
@@ -140,7 +141,9 @@ def prepare(
         for share in given:
             ours, theirs = context.Pipe(duplex=False)
             arguments = (theirs, device, MEMORY / len(given), share)
-            process = context.Process(target=main, args=arguments, name="benchmarks prepare")
+            process: BaseProcess = context.Process(
+                target=main, args=arguments, name="benchmarks prepare"
+            )
             process.start()
             theirs.close()
             running[ours] = process

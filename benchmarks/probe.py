@@ -74,7 +74,9 @@ def probe(chosen: argparse.Namespace) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
         note += "; interpreted on a CPU, on sizes of its own: the times say nothing of a GPU"
         print(note)
-    jobs = asked or [job for name in chosen.only for job in PROBES[name](device)]
+    jobs: Sequence[Probe | DramJob] = asked or [
+        job for name in chosen.only for job in PROBES[name](device)
+    ]
     status, left_out = measured(jobs, device, chosen.budget, out, note)
     if status:
         return status

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastnorm
+from benchmarks.context import dead_context
 from benchmarks.jobs import FAST_S
 from benchmarks.measure import Bench, first_line
 from benchmarks.schema import Row
@@ -88,7 +89,7 @@ class Probe:
             (row.ms_median, row.ms_p20, row.ms_p80), row.note = self.measured()
         except Exception as error:
             yield self.failed(first_line(error))
-            if "CUDA error" in str(error):
+            if dead_context():
                 raise  # nothing more can be measured by this process
             return
         row.ok, row.floor_bytes = True, self.floor

@@ -13,6 +13,12 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 TRAINING = ("forward", "backward")
+# until a call returns; a backward's until autograd does
+HOST = ("host", "host-backward")
+# wall clock of forward and backward: of one, from an idle device to an idle one; of one among many
+# in a row, where the slower of host and device counts; of one that is replayed as a CUDA graph
+STEP, STEPS, GRAPH = "step", "steps", "graph"
+WALL = (STEP, STEPS, GRAPH)
 
 
 @dataclass(frozen=True)

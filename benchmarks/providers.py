@@ -10,21 +10,35 @@ from typing import Any
 import torch
 
 import fastnorm
-from benchmarks import two_launches
+from benchmarks import layers, two_launches
+from benchmarks.activations import RARE
 from benchmarks.calls import Call, Provider, through_autograd
 from benchmarks.ops import OPS, Tensors
 from benchmarks.peers import PEERS
-from benchmarks.problems import Problem
+from benchmarks.problems import GRAPH, STEPS, Problem
+
+
+def _asked_of_all(problem: Problem) -> bool:
+    return problem.op == "activation" or problem.variant not in RARE
 
 
 @dataclass(frozen=True)
 class Torch(Provider):
+    def serves(self, problem: Problem, mode: str) -> bool:
+        return _asked_of_all(problem)
+
     def bind(self, problem: Problem, tensors: Tensors) -> Call:
+        if layers.wanted(problem):
+            return layers.bind(problem, tensors, ours=False)
         return through_autograd(OPS[problem.op].torch(problem), tensors)
 
 
 @dataclass(frozen=True)
 class Compiled(Provider):
+    def serves(self, problem: Problem, mode: str) -> bool:
+        # those are about launches, torch's and ours
+        return _asked_of_all(problem) and mode not in (STEPS, GRAPH)
+
     def active(self) -> contextlib.AbstractContextManager[Any]:
         # backward runs many times over one forward: its buffers must not be given away. Elsewhere
         # they may: a model's step would need more memory without
@@ -56,6 +70,8 @@ class Ours(Provider):
     def bind(self, problem: Problem, tensors: Tensors) -> Call:
         if problem.op == "batch_norm" and two_launches.LAUNCHES == 2:  # a candidate of tune
             return through_autograd(two_launches.ours(problem), tensors)
+        if layers.wanted(problem):
+            return layers.bind(problem, tensors, ours=True)
         return through_autograd(OPS[problem.op].ours(problem), tensors)
 
 

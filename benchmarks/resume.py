@@ -50,21 +50,23 @@ def _what(row: Row) -> tuple[object, ...]:
 def remaining(jobs: Iterable[Job], rows: Sequence[Row]) -> list[Job]:
     """The jobs less what these rows say; a row that says why there is no time ends its job."""
     missing = {(row.op, row.provider) for row in rows if row.note.startswith(MISSING)}
-    ended = {_what(row) for row in rows if not row.ok}
+    ended = {(_what(row), row.mode) for row in rows if not row.ok}
     measured = {(_what(row), row.mode) for row in rows}
     found: list[Job] = []
     for job in jobs:
         first = job.failed("")
         what = _what(first)
-        if what in ended or (job.family, job.provider_name) in missing:
+        modes = job.problem.modes if isinstance(job, OpJob) else (first.mode,)
+        failed = any((what, mode) in ended for mode in modes)
+        if failed or (job.family, job.provider_name) in missing:
             continue
         if not isinstance(job, OpJob):
             found += [] if (what, first.mode) in measured else [job]
             continue
-        served = (mode for mode in job.problem.modes if job.provider.serves(job.problem, mode))
-        modes = tuple(mode for mode in served if (what, mode) not in measured)
-        if modes:
-            found.append(replace(job, problem=replace(job.problem, modes=modes)))
+        served = (mode for mode in modes if job.provider.serves(job.problem, mode))
+        left = tuple(mode for mode in served if (what, mode) not in measured)
+        if left:
+            found.append(replace(job, problem=replace(job.problem, modes=left)))
     return found
 
 

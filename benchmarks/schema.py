@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 SCHEMA = 1
-MODES = ("forward", "backward", "forward+backward", "host", "step")
+MODES = (
+    *("forward", "backward", "forward+backward"),
+    *("host", "host-backward", "step", "steps", "graph"),
+)
 LAYOUTS = ("nchw", "nhwc", "nlc", "rows", "flat")
 
 _TAIL = b"\n]}\n"  # what every file ends with, and what an appended row is written over

@@ -7,19 +7,19 @@ waits for it.
 
 from __future__ import annotations
 
+import functools
 import gc
-import multiprocessing
 import re
 import warnings
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import timing
+from benchmarks.child import Ended, Helper, Late
 
 NORM, ACTIVATION, MOVES, REST = "norm", "activation", "copies", "rest"
 KINDS = (NORM, ACTIVATION, MOVES, REST)
@@ -106,6 +106,12 @@ def text(found: dict[str, float]) -> str:
     return f"norm+activation {found[NORM] + found[ACTIVATION]:.1%} of the step ({each})"
 
 
+def read(note: str) -> str | None:
+    """The part of norms and activations that a row's note tells."""
+    found = re.search(r"norm\+activation ([0-9.]+%) of the step", note)
+    return found[1] if found else None
+
+
 def _main(connection: Connection, device: str) -> None:
     """Profile a step of every model and provider that is received."""
     from benchmarks import models
@@ -125,49 +131,26 @@ def _main(connection: Connection, device: str) -> None:
         connection.send(found)
 
 
-class Profiler:
-    """The process that profiles, as the one that times sees it: started when it is first asked."""
+class Profiler(Helper):
+    """The process that profiles, as the one that times sees it."""
 
-    def __init__(self) -> None:
-        self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
+    def __init__(self, device: str) -> None:
+        super().__init__(_main, (device,), "step profiler", LIMIT_S, again=True)
 
-    def told(self, variant: str, provider: str, device: str) -> str:
+    def told(self, variant: str, provider: str) -> str:
         """What the note of this model's row is to say; memory of the asking process that is not in
         use is given back to the device first."""
         gc.collect()
-        if device != "cpu":
+        if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         try:
-            return self._asked(variant, provider, device)
-        except (EOFError, OSError):
-            self.stop()
+            found: str = self.asked((variant, provider))
+        except (Ended, Late):
             return f"{NOT_MEASURED}: the process that profiles died or took too long"
-
-    def _asked(self, variant: str, provider: str, device: str) -> str:
-        if self._connection is None:
-            context = multiprocessing.get_context("spawn")  # CUDA survives no fork
-            self._connection, theirs = context.Pipe()
-            # a daemon: it ends with the process that asks, or when that one's end of the pipe does
-            self._process = context.Process(
-                target=_main, args=(theirs, device), daemon=True, name="step profiler"
-            )
-            self._process.start()
-            theirs.close()
-        self._connection.send((variant, provider))
-        if not self._connection.poll(LIMIT_S):
-            raise EOFError
-        found: str = self._connection.recv()
         return found
 
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join(10)
-            self._process = None
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
 
-
-PROFILER = Profiler()
+@functools.cache
+def profiler(device: str) -> Profiler:
+    """The one of this process."""
+    return Profiler(device)

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from benchmarks import suites
 from benchmarks.candidates import Changes, Knob, applied, candidates, knobs, label
+from benchmarks.context import dead_context
 from benchmarks.measure import Bench, first_line
 from benchmarks.ops import OPS
 from benchmarks.problems import TRAINING, Problem
@@ -70,7 +71,10 @@ def check(backend: str, device: str, ways: Iterable[Way], excused: bool = False)
             with provider.active(), applied(turned, changes):
                 complaint = stage.check(provider.bind(problem, tensors), tensors)[2]
         except Exception as error:
-            if excused and changes and "CUDA error" not in str(error):
+            if dead_context():
+                print(f"{how}: {first_line(error)}; nothing more can be run", flush=True)
+                return failed + 1
+            if excused and changes:
                 print(f"{how}: not possible: {first_line(error)}", flush=True)
                 continue
             complaint = first_line(error)

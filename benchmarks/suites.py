@@ -6,12 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
-from benchmarks.ops import HIFIGAN
-from benchmarks.problems import TRAINING, Problem
+from benchmarks.activations import EPILOGUES
+from benchmarks.ops import FP32_WEIGHTS, FROZEN, HIFIGAN
+from benchmarks.problems import GRAPH, HOST, STEP, STEPS, TRAINING, Problem
 
-FORWARD = ("forward",)
-HOST = ("host",)
 CPU_NUMEL = 1 << 24  # the largest tensor that a suite asks of a CPU
 
 # channels and sides of the batch norms of the models, at the resolution they are trained at
@@ -107,6 +107,12 @@ def _layer_norms() -> Iterator[Problem]:
         yield rows(3, 32768, 4096, dtype, "residual")
     for variant in ("gelu", "silu"):
         yield rows(3, 32768, 4096, variant=variant)
+    yield rows(2, 131072, 256)  # 67 MB of the shortest rows of which a floor is asked
+    for M, N in ((64, 4096), (16, 32768), (100, 768)):  # fewer rows than an H100 has processors
+        yield rows(2, M, N)
+    for N in (1024, 4096):
+        yield rows(2, 32768, N, variant=FP32_WEIGHTS)
+        yield rows(2, 32768, N, variant=FROZEN)
     yield rows(1, 32768, 769)
     yield rows(3, 32768, 1000)
     yield rows(2, 16384, 4095)
@@ -120,27 +126,45 @@ def _weight_norms() -> Iterator[Problem]:
     ) -> Problem:
         return Problem("weight_norm", variant, shape, "flat", dtype, TRAINING, importance)
 
-    whole = weight(0, "hifigan", (sum(math.prod(v) for v in HIFIGAN),))
-    yield replace(whole, modes=(*TRAINING, "step"))
+    def waited_for(problem: Problem) -> Problem:  # as a vocoder does, host and all
+        return replace(problem, modes=(*TRAINING, STEP, GRAPH))
+
+    generator = (sum(math.prod(v) for v in HIFIGAN),)
+    yield waited_for(weight(0, "hifigan", generator))
+    yield waited_for(weight(1, "hifigan", generator, "bfloat16"))
+    positional = (768, 48, 128)  # wav2vec2's convolution
+    yield waited_for(weight(1, "dim2", positional))
+    yield waited_for(weight(2, "dim2", positional, "bfloat16"))
     for shape in dict.fromkeys(HIFIGAN):
-        yield weight(4, "dim0", shape)
+        yield replace(weight(2 if shape[0] == 512 else 4, "dim0", shape), modes=(*TRAINING, STEP))
+        yield weight(5, "dim0", shape, "bfloat16")
     for N in (1024, 4096, 8192):
         yield weight(1 if N == 4096 else 3, "dim0", (N, N))
-        yield weight(4, "dim0", (N, N), "bfloat16")
+        yield weight(2 if N == 4096 else 4, "dim0", (N, N), "bfloat16")
     yield weight(3, "dim1", (512, 256, 16))  # a transposed convolution, by output channel
-    yield weight(1, "dim2", (768, 48, 128))  # wav2vec2's positional convolution
 
 
 def _activations() -> Iterator[Problem]:
+    def wanted(name: str, exponent: int) -> int:
+        if exponent == 26:
+            return 0 if name in ("gelu", "silu") else 1
+        if exponent == 20 and name in ("gelu", "silu"):
+            return 1
+        return 5 if name in ("gelu_tanh", "gelu_sigmoid") else 3
+
     for exponent in (16, 18, 20, 22, 24, 26, 28):
-        for name in ("gelu", "silu", "selu", "swish", "gelu_tanh"):
-            first = exponent in (20, 26) and name in ("gelu", "silu")
+        for name in ("gelu", "silu", "selu", "swish", "gelu_tanh", "gelu_sigmoid"):
+            shape = (1 << exponent,)
             yield Problem(
-                "activation", name, (1 << exponent,), "flat", "bfloat16", TRAINING,
-                0 if first and exponent == 26 else 1 if first else 3 if name != "gelu_tanh" else 5,
-            )  # fmt: skip
+                "activation", name, shape, "flat", "bfloat16", TRAINING, wanted(name, exponent)
+            )
         yield Problem("activation", "silu", (1 << exponent,), "flat", "float32", TRAINING, 4)
     yield Problem("activation", "gelu_tanh", (8192, 8192), "flat", "bfloat16", TRAINING, 1)
+    for layout, importance in (("nchw", 2), ("nhwc", 3)):  # a beta for each of the channels
+        image = (64, 256, 56, 56)
+        yield Problem(
+            "activation", "swish_channels", image, layout, "bfloat16", TRAINING, importance
+        )
 
 
 def _small() -> Iterator[Problem]:
@@ -193,22 +217,72 @@ def quick_cpu() -> Iterator[Problem]:
     yield Problem("layer_norm", "residual", (4096, 768), "rows", "bfloat16", TRAINING, 1)
     yield Problem("activation", "silu", (1 << 20,), "flat", "bfloat16", TRAINING, 1)
     yield Problem("weight_norm", "dim0", (1024, 1024), "flat", "float32", TRAINING, 1)
-    yield from (replace(p, importance=2) for p in host() if p.importance == 0)
+    yield from (_of_size(*layer, 1 << 12, "float32", HOST, 2) for layer in RULED)
+
+
+# every layer, as host time and device time stand side by side
+LAYERS = (
+    *(("batch_norm", name) for name in ("plain", "relu", "silu")),
+    ("mean_only_batch_norm", "plain"), ("layer_norm", "plain"), ("weight_norm", "dim0"),
+    *(("activation", n) for n in ("gelu", "gelu_tanh", "gelu_sigmoid", "silu", "selu", "swish")),
+)  # fmt: skip
+
+
+def _of_size(
+    op: str, variant: str, numel: int, dtype: str, modes: tuple[str, ...], importance: float
+) -> Problem:
+    """A layer's problem of so many elements, which are a power of two."""
+    layouts = {"layer_norm": "rows", "weight_norm": "flat", "activation": "flat"}
+    shape: tuple[int, ...] = (numel,)
+    if op in ("batch_norm", "mean_only_batch_norm"):
+        shape = (numel // 1024 or 1, min(64, numel // 16), 4, 4)
+    elif op == "layer_norm":
+        shape = (numel // 256, 256)
+    elif op == "weight_norm":
+        side = 1 << (numel.bit_length() - 1) // 2
+        shape = (side, numel // side)
+    return Problem(op, variant, shape, layouts.get(op, "nchw"), dtype, modes, importance)
 
 
 def host() -> Iterator[Problem]:
-    """The time of the call alone, on tensors too small to hide it, forward with gradient."""
-    for importance, numel in enumerate((1 << 12, 1 << 16, 1 << 20)):
-        batch = numel // (64 * 8 * 8) or 1
-        for name in ("plain", "silu"):
-            shape = (batch, 64, 8, 8)
-            yield Problem("batch_norm", name, shape, "nchw", "float32", HOST, importance)
-        rows = (numel // 256, 256)
-        yield Problem("layer_norm", "plain", rows, "rows", "float32", HOST, importance)
-        square = 1 << (numel.bit_length() // 2)
-        yield Problem("weight_norm", "dim0", (square, square), "flat", "float32", HOST, importance)
-        for name in ("gelu", "silu"):
-            yield Problem("activation", name, (numel,), "flat", "float32", HOST, importance)
+    """The time of a layer's call alone, forward with gradient and backward, and the device's time
+    for the same: on a size that our kernels serve, which is too small to hide the call, and of some
+    on one below and one above."""
+    for op, variant in LAYERS:
+        first = (op, variant) in (("batch_norm", "plain"), ("layer_norm", "plain"))
+        # of two layers before the first models, of the others after them
+        yield _of_size(op, variant, 1 << 16, "float32", HOST, 0.5 if first else 0.9)
+        yield _of_size(op, variant, 1 << 16, "float32", TRAINING, 1.1)
+        if variant in ("plain", "dim0", "silu"):
+            for exponent in (12, 20):
+                yield _of_size(op, variant, 1 << exponent, "float32", HOST, 1.5)
+
+
+RULED = (
+    *(("batch_norm", name) for name in ("plain", "silu")), ("layer_norm", "plain"),
+    ("weight_norm", "dim0"), *(("activation", name) for name in ("gelu", "silu")),
+)  # fmt: skip
+
+
+def rule() -> Iterator[Problem]:
+    """What decides from which size on a kernel of ours is called (benchmarks/rule.py): wall clock
+    of forward and backward, many in a row."""
+    for exponent in range(10, 21, 2):
+        for op, variant in RULED:
+            first = variant in ("plain", "dim0", "gelu")
+            dtype = "float32" if op == "weight_norm" else "bfloat16"
+            yield _of_size(op, variant, 1 << exponent, dtype, (STEPS,), 0.92 if first else 1.2)
+
+
+def epilogues(batch: int = 64, M: int = 32768) -> Iterator[Problem]:
+    """Every activation that folds into a norm, beside the norm without one, where memory is what
+    takes the time."""
+    image, rows = (batch, 256, 56, 56), (M, 1024)
+    for name in ("plain", *EPILOGUES):
+        first = name in ("plain", "relu", "silu", "gelu")
+        importance = 1.3 if first else 2.5
+        yield Problem("batch_norm", name, image, "nchw", "bfloat16", TRAINING, importance)
+        yield Problem("layer_norm", name, rows, "rows", "bfloat16", TRAINING, importance)
 
 
 # op, variant, the problem's own shape, what a CPU gets in its place, layout
@@ -224,10 +298,9 @@ KERNELBENCH = (
 
 def kernelbench() -> Iterator[Problem]:
     """KernelBench level 1, at its own sizes, fp32, before anybody compiles (jobs.py): forward, as
-    it is scored, and the backward of 33, whose channels fit nowhere on a chip."""
+    it is scored, and backward."""
     for op, variant, shape, _, layout in KERNELBENCH:
-        modes = TRAINING if op == "batch_norm" else FORWARD
-        yield Problem(op, variant, shape, layout, "float32", modes, 0.9)
+        yield Problem(op, variant, shape, layout, "float32", TRAINING, 0.9)
 
 
 def kernelbench_cpu() -> Iterator[Problem]:
@@ -241,22 +314,31 @@ SUITES: dict[str, Callable[[], Iterable[Problem]]] = {
     "ops": ops,
     "kernelbench": kernelbench,
     "host": host,
+    "rule": rule,
+    "epilogues": epilogues,
 }
-CPU_SUITES = {**SUITES, "quick": quick_cpu, "kernelbench": kernelbench_cpu}
+CPU_SUITES: dict[str, Callable[[], Iterable[Problem]]] = {
+    **SUITES,
+    "quick": quick_cpu,
+    "kernelbench": kernelbench_cpu,
+    "epilogues": partial(epilogues, 4, 1024),
+}
 MODELS = "models"  # its problems are whole models: see benchmarks/models.py
-NAMES = ("quick", "ops", MODELS, "kernelbench", "host")
+NAMES = ("quick", "ops", MODELS, "kernelbench", "host", "rule", "epilogues")
 
 
 def problems(names: Iterable[str], device: str) -> list[Problem]:
     """The problems of these suites (models left out), each once, the important ones first."""
-    found: dict[Problem, None] = {}
-    seen = set()
+    found: dict[Problem, Problem] = {}
     for name in names:
         if name == MODELS:
             continue
         for problem in (CPU_SUITES if device == "cpu" else SUITES)[name]():
+            if device == "cpu":  # it has no graphs
+                problem = replace(problem, modes=tuple(m for m in problem.modes if m != GRAPH))
             same = replace(problem, importance=0)
-            if same not in seen and (device != "cpu" or problem.numel <= CPU_NUMEL):
-                seen.add(same)
-                found[problem] = None
-    return sorted(found, key=lambda problem: problem.importance)
+            if device == "cpu" and problem.numel > CPU_NUMEL:
+                continue
+            if same not in found or problem.importance < found[same].importance:
+                found[same] = problem
+    return sorted(found.values(), key=lambda problem: problem.importance)

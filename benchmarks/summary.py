@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import schema, targets
+from benchmarks import rule, schema, targets
 from benchmarks.report.asked import missed_sentence
 from benchmarks.report.lines import side_by_side
 from benchmarks.schema import Row
@@ -84,8 +84,11 @@ def summary(results: schema.Results) -> str:
     )
     if e.on_cpu:
         return "\n".join([*lines, "", targets.NONE_ON_CPU])
-    missed = targets.missed(side_by_side(rows))
+    every = side_by_side(rows)
+    missed = targets.missed(every)
     lines += _section("targets missed, by most first", map(missed_sentence, missed))
+    if ruled := rule.text(every):
+        lines += ["", "which kernels serve which size:", ruled]
     return "\n".join(lines)
 
 

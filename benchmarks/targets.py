@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks import kernels
+from benchmarks.activations import EPILOGUES
 from benchmarks.floors import FLOORS
-from benchmarks.problems import DTYPES, TRAINING, Problem
+from benchmarks.ops import FROZEN
+from benchmarks.problems import DTYPES, HOST, STEP, STEPS, TRAINING, WALL, Problem
 from benchmarks.report.lines import (
     DEVICE_MODES,
     Against,
@@ -39,7 +41,7 @@ LONG_ROW_FLOOR, ACTIVATION_FLOOR = 0.85, 0.95
 EVERY_ROW = 0.98  # of the best other
 MEAN_OF_TORCH, MEAN_OF_BEST = 1.5, 1.15
 SWISH, WHOLE_MODEL = 3.0, 10.0  # times torch's speed
-HOST = {"batch_norm": 1.3, "layer_norm": 2.0, "activation": 2.0, "weight_norm": 1.0}
+HOST_LIMITS = {"batch_norm": 1.3, "layer_norm": 2.0, "activation": 2.0, "weight_norm": 1.0}
 EPILOGUE = {"forward": 1.03, "backward": 1.10}  # times the norm without its activation
 SMALL_KERNEL = ((32, 64, 7, 7), 3.0)  # microseconds that the kernels of this batch norm may run
 MODELS = {"resnet50": 1.15, "efficientnet": 1.3}  # times torch's speed, by the name's beginning
@@ -52,7 +54,8 @@ class Target:
 
     `what`: floor, the floor fraction; best and torch, the speed over that of the best other and of
     torch; host and memory, over torch's; launches, and kernels, how long they run; epilogue, the
-    time over that of the norm without its activation. `excused`: what is short of it is noise.
+    time over that of the norm without its activation; frozen, over that with weights that learn.
+    `excused`: what is short of it is noise.
     """
 
     what: str
@@ -158,15 +161,25 @@ def _speed(what: str, wanted: float, found: Against | None) -> Iterator[Target]:
         yield Target(what, wanted, found.ratio, "x", excused=excused)
 
 
-def _epilogue(line: Line, plain: Line | None) -> Iterator[Target]:
-    """An activation in a norm is next to free where memory is what the norm waits for."""
-    large = line.mebibytes * 2**20 >= LARGE
-    if plain is None or plain.ours is None or not large or line.mode not in EPILOGUE:
-        return
-    found = line.against(plain.ours)
-    if found is not None:
-        limit, cost = EPILOGUE[line.mode], 1 / found.ratio
-        yield Target("epilogue", limit, cost, "x", True, cost > limit and not found.lost)
+def _over(line: Line, base: Line | None, what: str, limit: float) -> Iterator[Target]:
+    """The time of each of ours over that of the same provider on another line."""
+    for name, row in line.rows.items() if base is not None else ():
+        other = base.rows.get(name) if base is not None else None
+        if is_ours(name) and timed(row) and other is not None and timed(other):
+            found = against(row, other)
+            cost = 1 / found.ratio
+            told = what if row is line.ours else f"{what}, {name}"
+            yield Target(told, limit, cost, "x", True, cost > limit and not found.lost)
+
+
+def _beside_plain(line: Line, plain: Line | None) -> Iterator[Target]:
+    """An activation in a norm is next to free where memory is what the norm waits for, and the
+    backward of frozen weights costs no more than that of others."""
+    if line.mebibytes * 2**20 >= LARGE and line.mode in EPILOGUE:
+        if line.variant == FROZEN and line.mode == "backward":
+            yield from _over(line, plain, "frozen", 1.0)
+        elif line.variant in EPILOGUES:
+            yield from _over(line, plain, "epilogue", EPILOGUE[line.mode])
 
 
 def _device(line: Line, plain: Line | None) -> Iterator[Target]:
@@ -178,7 +191,7 @@ def _device(line: Line, plain: Line | None) -> Iterator[Target]:
     yield from _speed("best", EVERY_ROW, line.best)
     small = line.mebibytes * 2**20 < kernels.SMALL_BYTES
     counted = kernels.read(mine.note)
-    if line.variant == "swish" and line.torch is not None:
+    if line.variant in ("swish", "swish_channels") and line.torch is not None:
         yield Target("torch", SWISH, line.torch.ratio, "x")
     elif line.op in ("activation", "weight_norm") or (line.op == "batch_norm" and small):
         yield from _speed("torch", 1.0, line.torch)
@@ -188,21 +201,29 @@ def _device(line: Line, plain: Line | None) -> Iterator[Target]:
         shape, limit = SMALL_KERNEL
         if line.op == "batch_norm" and line.shape == shape:
             yield Target("kernels", limit, counted.microseconds, " us", at_most=True)
-    yield from _epilogue(line, plain)
+    yield from _beside_plain(line, plain)
 
 
 def _host(line: Line) -> Iterator[Target]:
-    """Forward with gradient, in torch's own host times."""
-    if line.torch is not None and line.op in HOST:
-        limit, cost = HOST[line.op], 1 / line.torch.ratio
-        excused = limit == 1.0 and cost > limit and not line.torch.lost  # as fast as torch
-        yield Target("host", limit, cost, "x", True, excused)
+    """Of each of ours, forward with gradient and backward, in torch's own host times."""
+    torch, limit = line.rows.get("torch"), HOST_LIMITS.get(line.op)
+    for name, row in line.rows.items() if limit is not None and torch is not None else ():
+        if is_ours(name) and timed(row) and timed(torch):
+            assert torch is not None and limit is not None
+            found = against(row, torch)
+            cost = 1 / found.ratio
+            told = "host" if row is line.ours else f"host, {name}"
+            excused = limit == 1.0 and cost > limit and not found.lost  # as fast as torch
+            yield Target(told, limit, cost, "x", True, excused)
 
 
 def _wall(line: Line) -> Iterator[Target]:
-    """All weights of a model, from an idle device to an idle device."""
-    if line.torch is not None and line.variant == "hifigan":
+    """All weights of a model ten times as fast, host included; whatever else is timed by the wall
+    clock no slower: one weight, many small calls in a row, a graph, of which no host is part."""
+    if line.torch is not None and line.variant == "hifigan" and line.mode == STEP:
         yield Target("torch", WHOLE_MODEL, line.torch.ratio, "x")
+    elif line.op == "weight_norm" or line.mode == STEPS:
+        yield from _speed("torch", 1.0, line.torch)
 
 
 def _model(line: Line) -> Iterator[Target]:
@@ -229,8 +250,8 @@ def verdict(line: Line, plain: Line | None = None) -> Verdict:
         return Verdict(line, (), failed=line.lost_to_failure)
     if line.op == "model":
         return Verdict(line, tuple(_model(line)))
-    if line.mode in ("host", "step"):
-        return Verdict(line, tuple(_host(line) if line.mode == "host" else _wall(line)))
+    if line.mode in (*HOST, *WALL):
+        return Verdict(line, tuple(_host(line) if line.mode in HOST else _wall(line)))
     return Verdict(line, tuple(_device(line, plain)))
 
 
@@ -242,10 +263,7 @@ def verdicts(lines: Iterable[Line]) -> list[Verdict]:
 
     every = list(lines)
     plains = {key(line): line for line in every if line.variant == "plain"}
-    fused = ("relu", "relu6", "silu", "gelu")
-    return [
-        verdict(line, plains.get(key(line)) if line.variant in fused else None) for line in every
-    ]
+    return [verdict(line, plains.get(key(line))) for line in every]
 
 
 def missed(lines: Iterable[Line]) -> list[Verdict]:

@@ -23,6 +23,7 @@ WARMUP_MS, MEASURED_MS = 15.0, 60.0  # of one row
 CPU_RUNS = 9  # at least, however long one takes
 GPU_RUNS = 5  # at least
 HOST_CALLS = 2000
+HOST_S = 4.0  # in which a slow call has fewer
 DRAIN = 50  # host calls between two synchronisations: a full launch queue would block
 COPY_BYTES = 1 << 30  # a larger copy is as many times longer: it is bandwidth alone
 CPU_COPY_BYTES = 1 << 27  # on a CPU, or twice its last cache
@@ -104,32 +105,60 @@ def host_gaps(call: Callable[[], Any], measured: float, flush: float, device: st
     return host > max(flush, measured / 2)
 
 
-def host_time(call: Callable[[], Any], device: str, calls: int = HOST_CALLS) -> Timing:
-    """The time until a call returns, not until the device is done."""
-    for _ in range(calls // 10):
-        call()
-    samples = []
-    for i in range(calls):
+def host_time(
+    call: Callable[..., Any],
+    device: str,
+    calls: int = HOST_CALLS,
+    before: Callable[[], Any] | None = None,
+) -> Timing:
+    """The time until a call returns, not until the device is done. `before` is not timed: its
+    result is what a call is given."""
+    samples: list[float] = []
+    end = time.monotonic() + HOST_S
+    for i in range(-calls // 10, calls):
         if i % DRAIN == 0:
             synchronize(device)
+            if len(samples) >= DRAIN and time.monotonic() > end:
+                break
+        given = (before(),) if before else ()
         start = time.perf_counter_ns()
-        call()
-        samples.append((time.perf_counter_ns() - start) * 1e-6)
+        call(*given)
+        took = time.perf_counter_ns() - start
+        if i >= 0:
+            samples.append(took * 1e-6)
     return quantiles(samples)
 
 
-def step_time(step: Callable[[], Any], device: str, steps: int, warmup: int) -> Timing:
-    """The wall clock of a training step, from an idle device to an idle device."""
+def step_time(
+    step: Callable[[], Any], device: str, steps: int, warmup: int, row: int = 1
+) -> Timing:
+    """The wall clock of a training step, from an idle device to an idle device; of one step, where
+    so many follow each other in a row."""
     for _ in range(warmup):
         step()
     samples = []
     for _ in range(steps):
         synchronize(device)
         start = time.perf_counter()
-        step()
+        for _ in range(row):
+            step()
         synchronize(device)
-        samples.append((time.perf_counter() - start) * 1e3)
+        samples.append((time.perf_counter() - start) * 1e3 / row)
     return quantiles(samples)
+
+
+def graph_of(step: Callable[[], Any]) -> Callable[[], None]:
+    """A step captured as a CUDA graph, after some on a stream of their own, as torch asks for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def last_cache_bytes() -> int:

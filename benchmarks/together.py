@@ -17,7 +17,7 @@ Together = tuple[Problem, tuple[Knob, ...], Changes]
 # batches of a tile in each form: the last tile of a group is not full, and of what is streamed
 # some is not held
 BATCHES = {"owner": -1, "hold": 2, "ticket": 3, "stream": 16}
-PLANES = (
+PLANES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("nchw", (3, 3, 220, 221)),
     ("nchw", (2400, 3, 7, 7)),
     ("nhwc", (3, 72, 29, 31)),
@@ -26,7 +26,7 @@ PLANES = (
 )
 # two phases that follow each other, as where L2 has no room for a group of rows
 _IN_TURNS = Knob("LIMITS.group_bytes", "fastnorm.ops.layer_norm.cuda", (1,))
-ROWS = (
+ROWS: tuple[tuple[str, tuple[int, ...], str, str], ...] = (
     ("plain", (5, 20011), "rows", "bfloat16"),
     ("residual", (5, 24576), "rows", "float32"),
     ("last3", (3, 8, 64, 64), "rows", "float32"),
@@ -34,7 +34,7 @@ ROWS = (
     ("plain", (700, 768), "rows", "bfloat16"),  # rows in registers; sums over the rows
     ("plain", (6, 24, 20, 96), "nchw", "bfloat16"),
 )
-WEIGHTS = (
+WEIGHTS: tuple[tuple[str, tuple[int, ...], str], ...] = (
     ("dim0", (3, 40000), "float32"),
     ("dim0", (2, 30001), "bfloat16"),
     ("dim1", (600, 40, 16), "float32"),

@@ -4,7 +4,6 @@ down, or a kernel that never ends, costs one row."""
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import cast
 
+from benchmarks.child import Child, Ended, Late
 from benchmarks.jobs import Job
 from benchmarks.schema import Environment, Row
 
@@ -62,36 +62,27 @@ class Worker:
         self.environment: Environment = self._start()
 
     def _start(self) -> Environment:
-        context = multiprocessing.get_context("spawn")  # CUDA survives no fork
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=main, args=(theirs, *self._arguments), daemon=False, name="benchmarks worker"
-        )
-        self._process.start()
-        theirs.close()
+        # no daemon: who counts kernels is a child of it
+        self._child = Child(main, self._arguments, "benchmarks worker", daemon=False)
         found = self._receive(time.monotonic() + START_S, "starting")
         assert isinstance(found, Environment)
         return found
 
     def _receive(self, deadline: float, what: str) -> object:
-        left = max(0.0, deadline - time.monotonic())
         try:
-            if self._connection.poll(left):
-                return self._connection.recv()
-        except (EOFError, ConnectionError):
-            self._process.join(10)
-            self._connection.close()
-            raise WorkerDied(f"its process died: {_reason(self._process.exitcode)}") from None
-        self.stop(kill=True)
-        raise WorkerDied(f"{what} took longer than its limit and was ended")
+            return self._child.receive(deadline - time.monotonic())
+        except Ended as death:
+            raise WorkerDied(str(death)) from None
+        except Late:
+            raise WorkerDied(f"{what} took longer than its limit and was ended") from None
 
     def rows(self, job: Job, until: float) -> Iterator[tuple[str, Row]]:
         """("row" or "missing", a row) of a job as they come; OutOfTime when the run is over, and
         WorkerDied where there is no worker any more: a new one starts with the next call."""
-        if not self._process.is_alive():
+        if not self._child.alive:
             self._start()
         limit = time.monotonic() + job.limit_s
-        self._connection.send(job)
+        self._child.send(job)
         while True:
             try:
                 kind, row = cast(tuple[str, Row], self._receive(min(limit, until), "the job"))
@@ -105,20 +96,11 @@ class Worker:
 
     def stop(self, kill: bool = False) -> None:
         """End the process: at once, or after what it does now."""
-        if not kill:
-            with contextlib.suppress(OSError):
-                self._connection.send(None)
-            self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join(10)
-        self._connection.close()
-
-
-def _reason(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        return f"signal {-exitcode}"
-    return f"exit status {exitcode}"
+        if kill:
+            self._child.stop()
+        else:
+            self._child.send(None)
+            self._child.stop(10)
 
 
 if __name__ == "__main__":

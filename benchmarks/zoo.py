@@ -72,6 +72,11 @@ def _transformers(model: str, config: str, **options: Any) -> Callable[[], nn.Mo
 
 
 _IMAGE, _SMALL = (128, 3, 224, 224), (4, 3, 64, 64)
+# without dropout, some of which has no module, and without masks: every step has the same numbers
+_WAVE = {
+    **dict.fromkeys(("hidden_dropout", "attention_dropout", "feat_proj_dropout"), 0.0),
+    **{"activation_dropout": 0.0, "layerdrop": 0.0, "apply_spec_augment": False},
+}
 _VIT = {"num_labels": CLASSES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -153,6 +158,11 @@ MODELS: dict[str, Model] = {
             "bert_base",
             (("transformers", _transformers("BertModel", "BertConfig")),),
             (32, 128), (1, 32), layout="rows", tokens=True,
+        ),
+        Model(
+            "wav2vec2_base",
+            (("transformers", _transformers("Wav2Vec2Model", "Wav2Vec2Config", **_WAVE)),),
+            (8, 64000), (1, 4000), layout="rows", importance=1.85,
         ),
         Model(
             "hifigan_v1",

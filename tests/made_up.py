@@ -8,6 +8,8 @@ import random
 from collections.abc import Iterator
 
 from benchmarks import suites
+from benchmarks.activations import RARE
+from benchmarks.problems import HOST, WALL
 from benchmarks.report.lines import Run, runs
 from benchmarks.schema import Environment, Results, Row
 
@@ -69,16 +71,18 @@ def _timed(row: Row, milliseconds: float, noise: float) -> Row:
 
 
 def device_rows(seed: int = 0) -> Iterator[Row]:
+    """And those of wall clocks."""
     chance = random.Random(seed)
-    for problem in suites.problems(("ops",), "cuda"):
+    for problem in suites.problems(("ops", "host", "rule", "epilogues"), "cuda"):
         op, variant, layout, dtype = problem.op, problem.variant, problem.layout, problem.dtype
-        for mode in problem.modes:
+        for mode in sorted(set(problem.modes).difference(HOST)):
             tensors = 2 if mode == "forward" else 3
             size = tensors * problem.numel * problem.itemsize
             copy = 0.002 + 1e3 * size / 3.0e12
             luck = chance.uniform(0.8, 1.1)  # of the shape, for all who run on it
             for provider, speed in SPEED.items():
-                if op not in PEERS.get(provider, (op,)):
+                rare = "norm" in op and variant in RARE and "fastnorm" not in provider
+                if op not in PEERS.get(provider, (op,)) or rare:
                     continue
                 row = Row(op, variant, mode, list(problem.shape), layout, dtype, provider)
                 if provider == "inplace-abn":
@@ -89,7 +93,7 @@ def device_rows(seed: int = 0) -> Iterator[Row]:
                     launches = 0.012 if provider == "torch" else 0.004
                     share = min(speed * luck * chance.uniform(0.85, 1.12), 1.0)
                     _timed(row, launches + copy / share, chance.uniform(0.002, 0.02))
-                    if mode != "step":
+                    if mode not in WALL:
                         row.floor_bytes, row.floor_fraction = size, copy / (row.ms_median or 1)
                     row.error, row.torch_error = 1.1e-3, 1.2e-3
                     # torch saves one tensor more where an activation follows
@@ -103,9 +107,10 @@ def host_rows(seed: int = 0) -> Iterator[Row]:
     for one in suites.problems(("host",), "cuda"):
         for provider, speed in SPEED.items():
             if one.op in PEERS.get(provider, (one.op,)) and provider != "inplace-abn":
-                shape = list(one.shape)
-                row = Row(one.op, one.variant, "host", shape, one.layout, one.dtype, provider)
-                yield _timed(row, 0.006 / speed * chance.uniform(0.7, 1.3), 0.05)
+                for mode in sorted(set(one.modes).intersection(HOST)):
+                    shape = list(one.shape)
+                    row = Row(one.op, one.variant, mode, shape, one.layout, one.dtype, provider)
+                    yield _timed(row, 0.006 / speed * chance.uniform(0.7, 1.3), 0.05)
 
 
 def model_rows(seed: int = 0) -> Iterator[Row]:
@@ -123,6 +128,8 @@ def model_rows(seed: int = 0) -> Iterator[Row]:
             ("torch.compile", 1.2, 0.8),
             ("fastnorm-replaced", 1.1, 0.85),
             ("fastnorm", 1.3, 0.7),
+            ("fastnorm-replaced-compiled", 1.25, 0.75),
+            ("fastnorm-compiled", 1.4, 0.68),
         ):
             row = Row("model", name, "step", shape, "nchw", dtype, provider)
             _timed(row, base / speed * chance.uniform(0.85, 1.15), 0.01)

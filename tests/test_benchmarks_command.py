@@ -59,9 +59,9 @@ def test_a_results_file_is_never_overwritten(
 
 
 def test_nothing_to_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["run", "--suite", "host", "--device", "cpu", "--op", "mean_only_batch_norm"]
+    arguments = ["run", "--suite", "rule", "--device", "cpu", "--op", "mean_only_batch_norm"]
     assert main([*arguments, "--out", str(tmp_path / "r.json")]) == 2
-    assert "it has activation in float32, batch_norm in float32" in capsys.readouterr().err
+    assert "it has activation in bfloat16, batch_norm in bfloat16" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

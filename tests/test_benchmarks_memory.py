@@ -104,11 +104,11 @@ def test_a_process_of_its_own_counts_and_is_not_asked_again_once_dead() -> None:
         assert backward is not None and backward.launches > 1
         why = counter.told(problem, "nobody", modes)
         assert why == dict.fromkeys(modes, "kernels not counted: KeyError: 'nobody'")
-        assert counter._process is not None
-        counter._process.kill()
+        assert counter._child is not None
+        counter._child._process.kill()
         died = dict.fromkeys(modes, "kernels not counted: the process that counts them died")
         assert [counter.told(problem, "torch", modes) for _ in range(2)] == [died] * 2
-        assert counter._process is None
+        assert counter._child is None
     finally:
         counter.stop()
 

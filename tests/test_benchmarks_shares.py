@@ -94,10 +94,8 @@ def test_a_step_on_the_cpu() -> None:
 
 
 def test_the_process_that_profiles_says_why_it_could_not() -> None:
-    profiler = shares.Profiler()
+    profiler = shares.Profiler("cpu")
     try:
-        assert profiler.told("nobody", "torch", "cpu").startswith(
-            "share of norms not measured: KeyError"
-        )
+        assert profiler.told("nobody", "torch").startswith("share of norms not measured: KeyError")
     finally:
         profiler.stop()

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason="pictures need the [bench] extra")
 import numpy as np
 from PIL import Image
 
-from benchmarks.report import bars, heat, pictures, points
+from benchmarks.report import bars, heat, opening, pictures, points
 from benchmarks.report.lines import Line, Run
 from benchmarks.report.style import COLOURS, SCALE, SPARE, ink
 from benchmarks.schema import Results, Row
@@ -138,7 +138,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         figures.append(figure)
         return b""
 
-    for module in (bars, heat, points):
+    for module in (bars, heat, opening, points):
         monkeypatch.setattr(module, "to_png", keep)
     return figures
 
@@ -190,10 +190,10 @@ def _overlap(one: Any, other: Any) -> bool:
     return True
 
 
-def _check(figure: Any) -> None:
+def _check(figure: Any, wide: int) -> None:
     renderer = figure.canvas.get_renderer()
     width, height = figure.canvas.get_width_height()
-    assert width == 1200
+    assert width == wide
     texts = _texts(figure)
     shapes = [_corners(text, renderer) for text in texts]
     for text, corners in zip(texts, shapes, strict=True):
@@ -211,7 +211,7 @@ def test_every_label_is_inside_and_none_lies_on_another(name: str, drawn: list[A
     assert len(names) == len(set(names)) == len(drawn) > 0
     for picture, figure in zip(names, drawn, strict=True):
         try:
-            _check(figure)
+            _check(figure, 750 if picture.startswith("opening-") else 1200)
         except AssertionError as error:
             raise AssertionError(f"{picture}: {error}") from None
         assert run.title in figure._suptitle.get_text()
@@ -230,6 +230,10 @@ def test_axes_name_their_units(drawn: list[Any]) -> None:
         "floor fraction (1 = a plain copy)",
     }
     assert found["host"] == {"median host time of a call (µs), lower is better"}
+    assert found["opening"] == {
+        "speed over torch eager's (and samples per second), higher is better",
+        "peak memory over torch eager's, lower is better",
+    }
     assert found["models"] == {
         "peak memory of a training step (MiB), lower is better",
         "speed over torch's (and samples per second), higher is better",
@@ -262,7 +266,7 @@ def test_heat_map_has_the_ratios_and_brackets_noise(drawn: list[Any]) -> None:
     assert len(set(papers)) == 4
 
 
-def test_a_png_is_1200_pixels_wide_and_small() -> None:
+def test_a_png_is_as_wide_as_a_page_or_half_of_it_and_small() -> None:
     run = made_up.run_of(made_up.cpu_results())
     found = dict(pictures.pictures(run))
     assert {"overview.png", "host-batch_norm.png", "floor-batch_norm-nchw-float32.png"} <= set(
@@ -270,8 +274,41 @@ def test_a_png_is_1200_pixels_wide_and_small() -> None:
     )
     for name, png in found.items():
         image = Image.open(io.BytesIO(png))
-        assert (image.format, image.width) == ("PNG", 1200), name
+        wide = 750 if name.startswith("opening-") else 1200
+        assert (image.format, image.width) == ("PNG", wide), name
         assert len(png) < 150_000, name
     speed = Image.open(io.BytesIO(found["speed-batch_norm-nchw-float32.png"])).convert("RGB")
     seen = {colour for _, colour in speed.getcolors(1 << 20) or ()}
     assert sum(tuple(bytes.fromhex(colour[1:])) in seen for colour in SCALE) == len(SCALE)
+
+
+def test_the_readme_has_no_picture_of_a_single_size() -> None:
+    run = made_up.run_of(made_up.gpu_results())
+    found = {(line.op, line.variant) for line in pictures._chosen(run)}
+    assert {("layer_norm", "plain"), ("activation", "gelu")} <= found
+    assert not {("layer_norm", "mish"), ("layer_norm", "tanh")} & found
+
+
+def test_the_opening_is_of_models_in_torchs_numbers() -> None:
+    rows = list(made_up.model_rows())
+    failed = next(r for r in rows if (r.variant, r.provider) == ("vit_b_16", "torch.compile"))
+    failed.ok, failed.ms_median = False, None
+    without = [r for r in rows if (r.variant, r.provider) != ("bert_base", "torch")]
+    for row in without:
+        row.note = "our own generator" if row.variant == "hifigan_v1" else "timm"
+    run = made_up.run_of(Results(made_up.GPU, without))
+    groups = dict(opening.groups(opening.steps(run), opening._speed))
+    assert "bert_base" not in groups  # nothing to stand over
+    assert "hifigan_v1\n(of our own)" in groups
+    assert set(groups["vit_b_16"]) == set(opening.NAMES) - {"torch.compile"}
+    (torchs, ours) = (
+        next(r for r in rows if (r.variant, r.provider) == ("resnet50", name))
+        for name in ("torch", "fastnorm-compiled")
+    )
+    assert torchs.ms_median and ours.ms_median
+    bar, label = groups["resnet50"]["fastnorm-compiled"]
+    assert bar == pytest.approx(torchs.ms_median / ours.ms_median)
+    assert label.startswith(f"{bar:.2f}x, ") and label.endswith("/s")
+    memory = dict(opening.groups(opening.steps(run), opening._memory))
+    assert memory["resnet50"]["fastnorm"] == (pytest.approx(0.7), "0.70x, 8.18 GiB")
+    assert opening.steps(made_up.run_of(Results(made_up.CPU, without))) == []

@@ -207,6 +207,57 @@ def test_an_activation_costs_next_to_nothing_over_the_norm_without() -> None:
     assert {one.word for one in targets.verdicts(side_by_side(small))} == {"none"}
 
 
+def test_every_backend_is_held_to_the_limits_of_host_time() -> None:
+    times = {"torch": 0.01, "fastnorm": 0.0101, "fastnorm-cuda": 0.012, "fastnorm-triton": 0.016}
+    for mode in ("host", "host-backward"):
+        found = judged(rows("batch_norm", "plain", mode, (8, 8), times))
+        assert [str(t) for t in found.missed] == ["host, fastnorm-triton 1.60x, at most 1.30x"]
+        assert [t.what for t in found.targets] == [
+            "host",
+            "host, fastnorm-cuda",
+            found.missed[0].what,
+        ]
+
+
+def test_every_backend_is_held_to_the_cost_of_an_epilogue() -> None:
+    given = [
+        *rows("layer_norm", "plain", "forward", (32768, 1024),
+              {"torch": 3.0, "fastnorm-cuda": 1.0, "fastnorm-triton": 2.0}, "rows"),
+        *rows("layer_norm", "mish", "forward", (32768, 1024),
+              {"torch": 9.0, "fastnorm-cuda": 1.02, "fastnorm-triton": 2.2}, "rows"),
+    ]  # fmt: skip
+    found = {one.line.variant: one for one in targets.verdicts(side_by_side(given))}
+    assert [t.brief for t in found["mish"].missed] == ["1.10x/1.03x epilogue, fastnorm-triton"]
+    assert "epilogue" in [t.what for t in found["mish"].targets]
+    assert not any("epilogue" in t.what for t in found["plain"].targets)
+
+
+@pytest.mark.parametrize("ours, missed", [(0.9, []), (1.05, ["frozen"])])
+def test_frozen_weights_show_in_the_time(ours: float, missed: list[str]) -> None:
+    given = [
+        *rows("layer_norm", "plain", "backward", (32768, 1024), {"fastnorm": 1.0}, "rows"),
+        *rows("layer_norm", "frozen", "backward", (32768, 1024), {"fastnorm": ours}, "rows"),
+    ]
+    found = {one.line.variant: one for one in targets.verdicts(side_by_side(given))}
+    assert [t.what for t in found["frozen"].missed] == missed
+
+
+@pytest.mark.parametrize(
+    "op, variant, mode, ours, word",
+    [
+        ("weight_norm", "dim0", "step", 0.9, "met"),  # one weight need not be ten times as fast
+        ("weight_norm", "dim0", "step", 1.1, "missed"),
+        ("weight_norm", "hifigan", "graph", 0.9, "met"),  # of which no host is part
+        ("weight_norm", "hifigan", "graph", 1.1, "missed"),
+        ("layer_norm", "plain", "steps", 1.1, "missed"),
+        ("layer_norm", "plain", "steps", 1.0, "met"),
+        ("layer_norm", "plain", "step", 9.0, "none"),
+    ],
+)
+def test_wall_clocks(op: str, variant: str, mode: str, ours: float, word: str) -> None:
+    assert judged(rows(op, variant, mode, (8, 8), {"torch": 1.0, "fastnorm": ours})).word == word
+
+
 @pytest.mark.parametrize(
     "name, note, replaced, ours, memory, missed",
     [
@@ -289,7 +340,7 @@ def test_memory_stands_beside_torchs() -> None:
     lines = [line for line in run.lines if line.op == "batch_norm" and line.mode == "forward"]
     one = table("batch_norm, forward", lines, run)
     at = one.header.index("memory")
-    found = {row[0].text: row[at].text.split()[0] for row in one.rows}
+    found = {row[0].text: row[at].text.split()[0] for row in one.rows if row[at].text}
     assert (found["plain"], found["silu"]) == ("1.00x", "0.67x")
     told = memory_sentence(run.lines)
     assert "forward 0.67x (0.67 to 0.67" in told

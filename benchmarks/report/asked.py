@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from benchmarks import targets
+from benchmarks import shares, targets
 from benchmarks.report.lines import Line, geometric_mean
 from benchmarks.report.tables import where, why
 
 TARGET_LEGEND = (
     "The target of a row is what came out and what benchmarks/targets.py asks: floor, its floor "
     "fraction; best, torch: its speed over that of the best other, of torch; host, memory: over "
-    "torch's; epilogue: its time over that of the norm without its activation; ≈: short of it by "
-    "noise. Memory is our peak over torch's, inputs included: of a forward until it returns, of a "
-    "backward that of forward and backward together, with what is saved between them."
+    "torch's; epilogue: its time over that of the norm without its activation; frozen: over that "
+    "with weights that learn; ≈: short of it by noise. Memory is our peak over torch's, inputs "
+    "included: of a forward until it returns, of a backward that of forward and backward together, "
+    "with what is saved between them."
 )
 
 
@@ -49,6 +50,18 @@ def missed_sentence(one: targets.Verdict) -> str:
         return f"{where(one.line)}: {why(one.line)}"
     told = (f"{target} ({target.short:.0%} short)" for target in one.missed)
     return f"{where(one.line)}: {'; '.join(told)}"
+
+
+def share_sentence(lines: Iterable[Line]) -> str:
+    """Which part of a model's step norms and activations are, before and after; "" where nobody
+    profiled one."""
+    told = []
+    for line in lines:
+        found = {name: shares.read(row.note) for name, row in line.rows.items()}
+        each = [f"{name} {share}" for name, share in found.items() if share is not None]
+        told += [f"{line.variant} {', '.join(each)}"] if each else []
+    what = "Norms and activations in the device time of a step, by the profiler"
+    return f"{what}: {'; '.join(told)}." if told else ""
 
 
 def memory_sentence(lines: Iterable[Line]) -> str:

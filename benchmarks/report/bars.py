@@ -11,7 +11,7 @@ from benchmarks.report.style import colour_of, legend, new_figure, patches, titl
 Groups = Sequence[tuple[str, Mapping[str, tuple[float, str]]]]  # name, provider -> bar and label
 
 
-def _bars(panel: Any, groups: Groups, colours: Mapping[str, tuple[str, str]], room: float) -> None:
+def bars(panel: Any, groups: Groups, colours: Mapping[str, tuple[str, str]], room: float) -> None:
     """Groups of horizontal bars, from top to bottom, each with its number; `room` to the right of
     the longest bar is for that number."""
     longest = max((value for _, values in groups for value, _ in values.values()), default=1)
@@ -64,12 +64,12 @@ def models_picture(run: Run, lines: Sequence[Line]) -> bytes:
     figure, panels = new_figure(1, 1 + counted, max(_height(memory), _height(speed)))
     colours = colour_of(run.providers)
     left, right = panels[0][0], panels[0][-1]
-    _bars(right, speed, colours, 0.35 if counted else 0.2)
+    bars(right, speed, colours, 0.35 if counted else 0.2)
     right.set_xlabel("speed over torch's (and samples per second), higher is better")
     right.axvline(1, color="black", lw=1, ls=":")
     if counted:
         right.set_yticks([])
-        _bars(left, memory, colours, 0.2)
+        bars(left, memory, colours, 0.2)
         left.set_xlabel("peak memory of a training step (MiB), lower is better")
     names = _drawn(colours, memory, speed)
     legend(figure, patches(names, colours), names)
@@ -77,8 +77,8 @@ def models_picture(run: Run, lines: Sequence[Line]) -> bytes:
     return to_png(figure)
 
 
-def host_picture(run: Run, lines: Sequence[Line], name: str) -> bytes:
-    """Host time of a call."""
+def host_picture(run: Run, lines: Sequence[Line], heading: str) -> bytes:
+    """Host time of a call or of its backward."""
     groups = []
     for line in lines:
         times = {p: 1e3 * row.ms_median for p, row in line.rows.items() if row.ms_median and row.ok}
@@ -86,9 +86,9 @@ def host_picture(run: Run, lines: Sequence[Line], name: str) -> bytes:
         groups.append((label, {p: (value, time_text(value)) for p, value in times.items()}))
     figure, panels = new_figure(1, 1, _height(groups))
     colours = colour_of(run.providers)
-    _bars(panels[0][0], groups, colours, 0.1)
+    bars(panels[0][0], groups, colours, 0.1)
     panels[0][0].set_xlabel("median host time of a call (µs), lower is better")
     names = _drawn(colours, groups)
     legend(figure, patches(names, colours), names)
-    title(figure, run, f"{name}: host time")
+    title(figure, run, heading)
     return to_png(figure)

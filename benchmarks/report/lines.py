@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.schema import Environment, Results, ResultsError, Row, load
+from benchmarks.schema import MODES, Environment, Results, ResultsError, Row, load
 
 # in this order, then peers by name; "fastnorm-replaced" is a model before its layers are fused,
 # and what ends with COMPILED a model that was compiled after our surgery
@@ -134,6 +134,11 @@ class Line:
         return f"{self.op} (KernelBench)" if self.variant.startswith("kernelbench") else self.op
 
     @property
+    def what(self) -> tuple[object, ...]:
+        """All but the mode."""
+        return self.op, self.variant, self.shape, self.layout, self.dtype
+
+    @property
     def name(self) -> str:
         return " ".join(filter(None, (self.op, self.variant, self.mode)))
 
@@ -201,8 +206,7 @@ def side_by_side(rows: Iterable[Row]) -> list[Line]:
         line.rows[row.provider] = row
 
     def order(line: Line) -> tuple[object, ...]:
-        modes = (*DEVICE_MODES, "host", "step")
-        where = (line.op == "model", line.op, modes.index(line.mode), line.layout, line.dtype)
+        where = (line.op == "model", line.op, MODES.index(line.mode), line.layout, line.dtype)
         return (*where, line.variant, math.prod(line.shape), line.shape)
 
     return sorted(lines.values(), key=order)

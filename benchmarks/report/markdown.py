@@ -59,6 +59,7 @@ def markdown(run: Run, pictures: Sequence[str] = ()) -> str:
         rows = ([cell.text for cell in row] for row in one.rows)
         lines += [f"## {one.title}", "", f"Cells: {one.unit}.", ""]
         lines += [*markdown_table(one.header, rows, 4), ""]
-        lines += [*(f"- {note}" for note in one.notes), ""] if one.notes else []
+        notes = [*one.notes, *one.profiles]
+        lines += [*(f"- {note}" for note in notes), ""] if notes else []
     legends = [LEGEND] if run.environment.on_cpu else [LEGEND, "", TARGET_LEGEND]
     return "\n".join([*lines, *legends, ""])

@@ -128,8 +128,8 @@ def _table(one: Table, identity: str) -> Iterable[str]:
         lost = ' data-lost="1"' if _lost(row) else ""
         yield f'<tr data-text="{text}"{lost}>{"".join(map(_cell, row))}</tr>'
     yield "</tbody></table></div>"
-    if one.notes:
-        notes = "".join(f"<li>{escape(note)}</li>" for note in one.notes)
+    if told := [*one.notes, *one.profiles]:
+        notes = "".join(f"<li>{escape(note)}</li>" for note in told)
         yield f'<ul class="note">{notes}</ul>'
     yield "</div>"
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from benchmarks.problems import HOST
 from benchmarks.report.bars import host_picture, models_picture
 from benchmarks.report.heat import heat_picture
 from benchmarks.report.lines import DEVICE_MODES, Line, Run, grouped
+from benchmarks.report.opening import opening_pictures
 from benchmarks.report.points import floor_picture, overview_picture
 
 OVERVIEW = "overview.png"
+HOST_NAMES = {"host": "host time", "host-backward": "host time of the backward"}
 VARIANTS = 6  # in one picture: more would not leave room for the numbers
 
 
@@ -28,12 +31,14 @@ def _name(stem: str) -> str:
 
 
 def _chosen(run: Run) -> list[Line]:
-    """For the README: of each op the layout and dtype with most lines, where sizes differ."""
+    """For the README: of each op the layout and dtype with most lines, where sizes differ, and of
+    those the variants that were measured in more than one."""
     found = []
     for lines in grouped(run.of(*DEVICE_MODES), "op").values():
         most = max(grouped(lines, "layout", "dtype").values(), key=len)
         if len({line.mebibytes for line in most}) > 2:
-            found += most
+            for variant in grouped(most, "variant").values():
+                found += variant if len({line.mebibytes for line in variant}) > 1 else []
     return found
 
 
@@ -53,6 +58,7 @@ def pictures(run: Run, chosen: bool = False) -> Iterator[tuple[str, bytes]]:
                 yield _name(f"speed-{stem}{suffix}"), heat_picture(run, part, title)
     if steps := [line for line in run.lines if line.op == "model"]:
         yield "models.png", models_picture(run, steps)
-    for (op,), lines in grouped(run.of("host"), "op").items():
+    yield from opening_pictures(run)
+    for (op, mode), lines in grouped(run.of(*HOST), "op", "mode").items():
         if not chosen:
-            yield _name(f"host-{op}"), host_picture(run, lines, op)
+            yield _name(f"{mode}-{op}"), host_picture(run, lines, f"{op}: {HOST_NAMES[mode]}")

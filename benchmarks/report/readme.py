@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import targets
-from benchmarks.report.asked import memory_sentence, target_header, target_rows
+from benchmarks.report.asked import (
+    memory_sentence,
+    share_sentence,
+    target_header,
+    target_rows,
+)
 from benchmarks.report.lines import Run, runs, state
 from benchmarks.report.markdown import markdown_table
+from benchmarks.report.opening import ASKED, MEMORY, SPEED, steps
 from benchmarks.report.pictures import OVERVIEW
+from benchmarks.report.sides import LEGEND, side_header, side_rows
 from benchmarks.report.tables import (
     SUMMARY,
     SUMMARY_LEGEND,
@@ -20,6 +27,7 @@ from benchmarks.report.tables import (
 from benchmarks.schema import Results, ResultsError, load
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+OPENING = "<!-- opening:begin -->", "<!-- opening:end -->"
 RESULTS = Path("benchmarks", "results")
 NO_GPU = (
     "**No GPU has been measured yet**: there is no results file of one in `benchmarks/results/`."
@@ -79,10 +87,13 @@ def _device(run: Run, paths: list[Path], root: Path) -> list[str]:
     if not run.environment.on_cpu:
         told += ["Rows that meet what `benchmarks/targets.py` asks, and geometric means:", ""]
         told += [*markdown_table(target_header(), target_rows(run.lines), 1), ""]
+        if sides := side_rows(run):
+            told += [*markdown_table(side_header(run), sides, 3), "", *_prose(LEGEND)]
     if models:
         one = table("models", models, run)
         rows = ([cell.text for cell in row] for row in one.rows)
         told += [f"Models: {one.unit}.", "", *markdown_table(one.header, rows, 4), ""]
+        told += _prose(sentence) if (sentence := share_sentence(models)) else []
     for line in limits:
         each = (f"{name}: {row.note}" for name, row in line.rows.items())
         told += _prose(f"Largest batch of {line.variant}: {'; '.join(each)}.")
@@ -91,7 +102,8 @@ def _device(run: Run, paths: list[Path], root: Path) -> list[str]:
     link = folder.relative_to(root).as_posix()
     if OVERVIEW in there:
         told += [f"![Speed of fastnorm, {run.title}]({link}/{OVERVIEW})", ""]
-    more = [f"[{name.removesuffix('.png')}]({link}/{name})" for name in there if name != OVERVIEW]
+    apart = (OVERVIEW, SPEED, MEMORY)
+    more = [f"[{name.removesuffix('.png')}]({link}/{name})" for name in there if name not in apart]
     if more:
         told += _prose("Pictures: " + ", ".join(more) + ".")
     files = ", ".join(f"[{path.name}]({link}/{path.name})" for path in paths)
@@ -110,20 +122,46 @@ def readme_table(root: Path) -> str:
     return "\n".join(told)
 
 
-def between_markers(text: str) -> tuple[str, str, str]:
+def readme_opening(root: Path) -> str:
+    """What stands near the top of the README: of every GPU whose models were measured, how much
+    faster and how much less memory. Nothing where there is none."""
+    told: list[str] = []
+    for run, paths in newest(root):
+        folder = paths[0].parent
+        link = folder.relative_to(root).as_posix()
+        there = [name for name in (SPEED, MEMORY) if (folder / name).is_file()]
+        if there and steps(run):
+            e = run.environment
+            told += _prose(
+                f"Training steps on {e.device} at {e.commit[:10]}, torch {e.torch}, before and "
+                "after `replace_` and `fuse_`, and each of them compiled "
+                "([every number](#performance)):"
+            )
+            # half a page each: as HTML, because Markdown knows no width
+            told += [
+                f'<img src="{link}/{name}" width="49%" alt="{ASKED[name]} {run.title}">'
+                for name in there
+            ]
+            told.append("")
+    return "\n".join(["", *told] if told else [])
+
+
+def between_markers(text: str, begin: str = BEGIN, end: str = END) -> tuple[str, str, str]:
     """The README before, between and after its markers; ResultsError where they are not."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ResultsError(f"README.md must have {BEGIN} and, after it, {END}, each once")
-    before, rest = text.split(BEGIN)
-    inside, after = rest.split(END)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ResultsError(f"README.md must have {begin} and, after it, {end}, each once")
+    before, rest = text.split(begin)
+    inside, after = rest.split(end)
     return before, inside.removeprefix("\n"), after
 
 
 def rewrite(root: Path) -> bool:
-    """Write the table into the README; whether that changed it."""
+    """Write table and opening into the README; whether that changed it."""
     readme = root / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    before, _, after = between_markers(old)
-    new = f"{before}{BEGIN}\n{readme_table(root)}{END}{after}"
+    old = new = readme.read_text(encoding="utf-8")
+    written = (((BEGIN, END), readme_table(root)), (OPENING, readme_opening(root)))
+    for (begin, end), told in written:
+        before, _, after = between_markers(new, begin, end)
+        new = f"{before}{begin}\n{told}{end}{after}"
     readme.write_text(new, encoding="utf-8")
     return new != old

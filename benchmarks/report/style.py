@@ -56,12 +56,14 @@ def colour_of(providers: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {name: COLOURS.get(name) or next(spare) for name in providers}
 
 
-def new_figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, Any]:
+def new_figure(
+    rows: int, columns: int, height: float, width: float = WIDTH, **options: Any
+) -> tuple[Any, Any]:
     # no window is opened, and no state of pyplot's is left behind
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
@@ -71,10 +73,10 @@ def title(figure: Any, run: Run, text: str) -> None:
     figure.suptitle(f"{text}\n{run.title}, {run.environment.timestamp[:10]}", fontsize=13)
 
 
-def legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
+def legend(figure: Any, handles: Sequence[Any], names: Sequence[str], width: float = WIDTH) -> None:
     """The providers below the figure, in as many columns as its width holds."""
     column = 60 + 8 * max(map(len, names), default=0)  # pixels: a handle, and a letter each
-    columns = min(len(names), int(WIDTH * DPI) // column)
+    columns = min(len(names), int(width * DPI) // column)
     figure.legend(handles, names, loc="outside lower center", ncols=max(1, columns))
 
 

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks import kernels, targets
+from benchmarks import host_profile, kernels, targets
+from benchmarks.problems import HOST
 from benchmarks.report.lines import (
     LOSS,
     TIE,
@@ -33,8 +34,11 @@ LEGEND = (
     "compared with ours compiled, fastnorm-compiled, where those were run."
 )
 UNITS = {
-    "host": "median host time of a call, µs",
+    "host": "median host time of a layer's call, µs",
+    "host-backward": "median host time of a layer's backward, µs",
     "step": "median wall clock of forward and backward, from an idle device to an idle one, ms",
+    "steps": "median wall clock of forward and backward, many in a row, ms",
+    "graph": "median wall clock of forward and backward as a CUDA graph, replayed, ms",
     "model": "median time of a training step, ms, and peak memory, MiB",
     "GPU": "median device time, ms, and floor fraction",
     "CPU": "median wall clock on the CPU, ms, and floor fraction",
@@ -60,6 +64,7 @@ class Table:
     header: list[str]
     rows: list[list[Cell]]
     notes: list[str]
+    profiles: list[str]  # where the host's time goes
 
 
 def failure(row: Row) -> str:
@@ -72,7 +77,7 @@ def failure(row: Row) -> str:
 
 def told(row: Row) -> str:
     """What a timed row has beside its median: shown where the mouse rests on its cell."""
-    unit, factor = ("µs", 1e3) if row.mode == "host" else ("ms", 1.0)
+    unit, factor = ("µs", 1e3) if row.mode in HOST else ("ms", 1.0)
     low, high = (time_text(factor * end) for end in interval(row))
     parts = [f"p20-p80 {low}-{high} {unit}"]
     if row.error is not None and row.torch_error is not None:
@@ -88,10 +93,10 @@ def provider_cell(line: Line, provider: str) -> Cell:
         return Cell("", float("inf"))
     if not timed(row) or row.ms_median is None:
         return Cell(failure(row), float("inf"), title=row.note)
-    text = time_text(row.ms_median * (1e3 if row.mode == "host" else 1))
+    text = time_text(row.ms_median * (1e3 if row.mode in HOST else 1))
     if row.op == "model":
         text += "" if row.peak_memory_mib is None else f" {row.peak_memory_mib:.0f}"
-    elif row.mode != "host" and row.floor_fraction is not None:
+    elif row.floor_fraction is not None:
         text += f" {row.floor_fraction:.2f}"
     other = None if is_ours(provider) else line.against(row)
     return Cell(text, row.ms_median, other, told(row))
@@ -122,9 +127,11 @@ def memory_cell(line: Line) -> Cell:
 
 
 def _apart(row: Row) -> str:
-    """A row's note but for its kernels, which are another number in every row."""
+    """A row's note but for its kernels and its profile, which are others in every row."""
     parts = row.note.split("; ") if row.note else []
-    return "; ".join(part for part in parts if kernels.read(part) is None)
+    return "; ".join(
+        part for part in parts if kernels.read(part) is None and host_profile.read(part) is None
+    )
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
@@ -144,6 +151,14 @@ def launches(lines: Iterable[Line]) -> Iterator[str]:
         told = [f"{name} {count}" for name, count in counts.items() if count is not None]
         if told:
             yield f"{where(line)}: {'; '.join(told)}"
+
+
+def profiles(lines: Iterable[Line]) -> Iterator[str]:
+    """Where the host's time of a line goes, by provider."""
+    for line in lines:
+        for name, row in line.rows.items():
+            for found in filter(None, map(host_profile.read, row.note.split("; "))):
+                yield f"{where(line)}: {name} {found}"
 
 
 def table(title: str, lines: Sequence[Line], run: Run) -> Table:
@@ -173,7 +188,8 @@ def table(title: str, lines: Sequence[Line], run: Run) -> Table:
         "model" if first.op == "model" else first.mode if first.mode in UNITS else run.kind
     ]
     every = [row for line in lines for row in line.rows.values()]
-    return Table(title, unit, [*header, *served], rows, [*notes(every), *launches(lines)])
+    told = [*notes(every), *launches(lines)]
+    return Table(title, unit, [*header, *served], rows, told, [*profiles(lines)])
 
 
 def tables(run: Run) -> list[Table]:

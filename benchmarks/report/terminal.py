@@ -78,6 +78,7 @@ def _table(one: Table, colour: bool, width: int | None) -> list[str]:
     lines = ["", f"{title}  ({one.unit})", *aligned([one.header[i] for i in kept], rows, colour)]
     hidden = [name for i, name in enumerate(one.header) if i not in kept]
     below = [f"too wide for this terminal, in report.md: {', '.join(hidden)}"] if hidden else []
+    below += ["where the host's time goes: in report.md"] if one.profiles else []
     for note in (*below, *one.notes):
         lines += textwrap.wrap(
             note, width or len(note) + 2, initial_indent="  ", subsequent_indent="    "
