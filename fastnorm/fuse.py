@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from torch import nn
 
 from fastnorm.modules import batch_norm, layer_norm, sync_batch_norm
-from fastnorm.surgery import losses
+from fastnorm.surgery import losses, others
 from fastnorm.surgery.edits import (
     ORIGIN,
     Edits,
@@ -67,13 +67,14 @@ class _Plan:
         self.parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
         self.names = {module: name for name, module in model.named_modules()}
         self.traces: dict[nn.Module, Trace] = {}
+        self.fused = {**_NORMS, **others.fusible()}
         for parent in self.names:
             for key, child in parent._modules.items():
                 if child is not None:
                     self.parents.setdefault(child, []).append((parent, key))
         owned: dict[nn.Module, list[nn.Module]] = {}
         for norm, name in self.names.items():
-            if type(norm) not in _NORMS or getattr(norm, "activation", None) is not None:
+            if type(norm) not in self.fused or getattr(norm, "activation", None) is not None:
                 continue
             reason = self._refusal(norm) or (
                 "" if wanted is None or wanted(norm, name) else "left out by filter_fn"
@@ -104,6 +105,8 @@ class _Plan:
             return untouchable(norm)
         if hooked(norm):
             return "hooks on the norm"
+        if getattr(norm, "_fast_norm", False):
+            return "timm's fast norm is on"
         places = len(self.parents.get(norm, ()))
         if places == 0:
             return "it is the model itself: nothing follows it"
@@ -123,11 +126,12 @@ class _Plan:
             self.traces[owner] = trace(owner)
         return self.traces[owner]
 
-    def _fold(self, norm: nn.Module, name: str, residual: bool) -> None:
+    def _fold(self, norm: nn.Module, name: str, residual: bool, shared: bool = False) -> None:
         self.folds += 1
-        cls, value = _NORMS[type(norm)], _attribute(norm, name)
+        cls, value = self.fused[type(norm)], _attribute(norm, name)
         attributes = {} if value is None else {"activation": value}
-        folded = ", ".join((*attributes.values(), *(["residual"] if residual else [])))
+        terms = [name for name, there in (("residual", residual), ("sum", shared)) if there]
+        folded = ", ".join((*attributes.values(), *terms))
         self.rows.append(Row(self.names[norm], title(type(norm)), f"{title(cls)}({folded})"))
         self.notes += losses.of_layer(norm, self.names[norm])
         self.edits.append((norm, functools.partial(swap, norm, cls, **attributes)))
@@ -205,7 +209,7 @@ class _Plan:
             if isinstance(fold, str):
                 self._skip(norm, fold)
                 continue
-            self._fold(norm, fold.activation, fold.residual is not None)
+            self._fold(norm, fold.activation, fold.residual is not None, fold.shared)
             if fold.add is not None and isinstance(norm, nn.LayerNorm):
                 terms = fold.add.args[0], fold.add.args[1]
                 self.notes += losses.of_sum(terms, norm, owner, self.names[norm])
@@ -234,6 +238,9 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None, dry_run: bool = Fal
     """Fold activations, and additions where the forward shows them, into the norms before them.
 
     .. math:: y = f(\\operatorname{bn}(x) + r) \\qquad y = f(\\operatorname{layer\\_norm}(x + r))
+
+    A sum that is used again after its layer norm, as in pre-norm transformers, is written by the
+    norm's kernel too.
 
     Norms become BatchNormAct1d, -2d, -3d or LayerNorm with an activation: the same objects,
     parameters and state_dict. In a Sequential the folded activation becomes an Identity. Elsewhere

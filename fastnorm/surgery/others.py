@@ -30,6 +30,13 @@ def replacements() -> dict[type[nn.Module], type[nn.Module]]:
     return {**known, **permuted.replacements()}
 
 
+def fusible() -> dict[type[nn.Module], type[nn.Module]]:
+    """The norms that take an activation and a residual as ours do: a package's class, and ours of
+    it, -> ours."""
+    known = {theirs: ours for one in _in_use() for theirs, ours in one.FUSIBLE.items()}
+    return known | {ours: ours for ours in known.values()}
+
+
 def activation_name(module: nn.Module) -> str | None:
     """The fused activation that a layer of another package is."""
     return next(
