@@ -62,6 +62,7 @@ class _Plan:
     def __init__(self, model: nn.Module, wanted: Filter | None) -> None:
         self.rows: list[Row] = []
         self.notes: list[Note] = []
+        self.advice: list[Note] = []  # notes that replace_ gives too
         self.edits: Edits = []
         self.folds = 0
         self.parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
@@ -142,6 +143,9 @@ class _Plan:
         position = keys.index(key) + 1
         before = parent._modules[keys[position - 2]] if position > 1 else None
         self.notes += losses.of_neighbour(before, norm, self.names[norm])
+        if type(norm) in _NORMS:
+            entries = [entry for entry in parent._modules.values() if entry is not None]
+            self.advice += losses.of_row(entries, entries.index(norm), self.names[norm])
         following = parent._modules[keys[position]] if position < len(keys) else None
         if following is None:
             return self._skip(norm, "nothing follows it in its Sequential")
@@ -203,6 +207,8 @@ class _Plan:
             calls = [node for node, module in modules.items() if module is norm]
             if calls and isinstance(norm, nn.LayerNorm):
                 self.notes += losses.of_call(calls[0], self.names[norm])
+                if len(calls) == 1 and type(norm) in _NORMS:
+                    self.advice += losses.of_rounding(calls[0], owner, self.names[norm])
             fold: Fold | str = f"called {len(calls)} times by its parent ({kind})"
             if len(calls) == 1:
                 fold = match(calls[0], owner)
@@ -210,9 +216,6 @@ class _Plan:
                 self._skip(norm, fold)
                 continue
             self._fold(norm, fold.activation, fold.residual is not None, fold.shared)
-            if fold.add is not None and isinstance(norm, nn.LayerNorm):
-                terms = fold.add.args[0], fold.add.args[1]
-                self.notes += losses.of_sum(terms, norm, owner, self.names[norm])
             # what the new forward relies on: a norm that was converted, or another activation put
             # where the folded one was, has to be an error
             path = *str(fold.norm.target).split("."), "activation"
@@ -229,9 +232,10 @@ class _Plan:
             self.edits.append((owner, edit))
 
 
-def foldable(model: nn.Module, norms: Collection[nn.Module]) -> int:
-    """How many of these norms of a model fuse_ would fold something into."""
-    return _Plan(model, lambda norm, name: norm in norms).folds
+def foldable(model: nn.Module, norms: Collection[nn.Module]) -> tuple[int, list[Note]]:
+    """How many of these norms of a model fuse_ would fold something into, and advice on them."""
+    plan = _Plan(model, lambda norm, name: norm in norms)
+    return plan.folds, plan.advice
 
 
 def fuse_(model: nn.Module, filter_fn: Filter | None = None, dry_run: bool = False) -> Report:
@@ -282,4 +286,4 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None, dry_run: bool = Fal
     plan = _Plan(model, filter_fn)
     if not dry_run:
         apply(plan.edits)
-    return Report(plan.rows, dry_run, plan.notes)
+    return Report(plan.rows, dry_run, [*plan.notes, *plan.advice])
