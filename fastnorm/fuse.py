@@ -212,6 +212,14 @@ class _Plan:
             fold: Fold | str = f"called {len(calls)} times by its parent ({kind})"
             if len(calls) == 1:
                 fold = match(calls[0], owner)
+                if (
+                    isinstance(fold, Fold)
+                    and self._trace(owner).checkpointed
+                    and _attribute(norm, fold.activation) is not None
+                ):  # the class's own forward, which gradient checkpointing runs, would apply it too
+                    fold = (
+                        f"{kind}: its forward can be checkpointed, and has an activation after it"
+                    )
             if isinstance(fold, str):
                 self._skip(norm, fold)
                 continue
@@ -226,7 +234,9 @@ class _Plan:
             guards += [((*str(node.target).split("."),), modules[node]) for node in fold.idle]
             rewrite(fold, owner)
         if guards:
-            forward = FusedForward(owner, *code_of(graph), (*self._trace(owner).guards, *guards))
+            traced = self._trace(owner)
+            all_guards = (*traced.guards, *guards)
+            forward = FusedForward(owner, *code_of(graph), all_guards, traced.checkpointed)
             self.rows.append(Row(self.names[owner], f"{kind}.forward", "fused forward"))
             edit = functools.partial(owner.__dict__.__setitem__, "forward", forward)
             self.edits.append((owner, edit))

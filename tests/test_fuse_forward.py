@@ -156,6 +156,34 @@ def test_argument_names_survive():
     )
 
 
+class Scales(nn.Module):
+    def forward(self, x, scale=1.0, shift=0.0):
+        return x * scale + shift
+
+
+class HandsOn(Users):
+    def __init__(self):
+        super().__init__()
+        self.scales = Scales()
+
+    def forward(self, x, shift=0.5, **options):
+        return self.scales(self.act(self.norm(x)), shift=shift, **options)
+
+
+def test_keywords_that_are_only_handed_on():
+    fused_and_same(HandsOn(), planes())
+    model = HandsOn()
+    twin = copy.deepcopy(model)
+    signature = inspect.signature(model.forward)
+    assert fuse_(model).changed == 2
+    assert inspect.signature(model.forward) == signature
+    for options in ({}, {"scale": 3.0}, {"shift": 1.0, "scale": 2.0}):
+        for net in (model, copy.deepcopy(model)):
+            assert torch.equal(net.eval()(planes(), **options), twin.eval()(planes(), **options))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
+        model(planes(), other=1)
+
+
 class Aliases(Users):
     def forward(self, x):
         y = self.act(self.norm(x)) * 1

@@ -68,9 +68,28 @@ class StarArguments(Users):
         return self.act(self.norm(xs[0]))
 
 
-class KeywordArguments(Users):
+class LooksIntoKeywords(Users):
     def forward(self, x, **options):
-        return self.act(self.norm(x))
+        return self.act(self.norm(x)) * options.get("scale", 1.0)
+
+
+class CopiesKeywords(Users):
+    def forward(self, x, **options):
+        given = {**options}
+        return self.act(self.norm(x), **given)
+
+
+class HandsKeywordsToAMethod(Users):
+    def _inner(self, x, scale=1.0, **options):
+        return self.act(self.norm(x), **options) * scale
+
+    def forward(self, x, **options):
+        return self._inner(x, **options)
+
+
+class HandsKeywordsToAFunction(HandsKeywordsToAMethod):
+    def _inner(self, x, scale=1.0):
+        return self.act(self.norm(x)) * scale
 
 
 class Context(Users):
@@ -171,7 +190,10 @@ SKIPPED = [
     (AsksType, "isinstance"),
     (AsksNone, "mask is None"),
     (StarArguments, r"takes \*xs"),
-    (KeywordArguments, r"takes \*\*options"),
+    (LooksIntoKeywords, r"looks into \*\*options"),
+    (CopiesKeywords, r"looks into \*\*options"),
+    (HandsKeywordsToAMethod, "hands on to _inner what may be an argument of it"),
+    (HandsKeywordsToAFunction, "unexpected keyword argument"),
     (Context, "with statement"),
     (Decorated, "decorated"),
     (PythonRandom, "random"),

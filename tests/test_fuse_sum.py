@@ -322,3 +322,29 @@ def test_a_model_that_cannot_be_traced_says_so():
     report = fuse_(nn.Sequential(Asks()))
     assert report.changed == 0
     assert reasons(report)["0.norm2"] == "Asks: its forward tests 'mask is not None'"
+
+
+@torch_warns
+@pytest.mark.parametrize("backend", ["auto", *AVAILABLE], indirect=True)
+def test_a_stream_in_fp32_under_autocast(backend, device):
+    """The sum of fp32 and what a linear layer gives: its dtype, that of y, and one call."""
+    torch.manual_seed(0)
+    model = Block().to(device)
+    twin = copy.deepcopy(model)
+    replace_(model)
+    fuse_(model)
+    found = []
+    for net in (model, twin):
+        x = rows().to(device).requires_grad_()
+        with torch.autocast(device, torch.bfloat16):
+            y = net(x)
+        assert y.dtype is torch.float32
+        y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in net.parameters())])
+    if backend != "auto":
+        names = names_of_graph(model(x))
+        assert names.count("LayerNormFunctionBackward") == 2
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype is theirs.dtype
+        # linear layers round to bf16: a value that lies between two may take either
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)

@@ -162,7 +162,8 @@ def _tensor(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.op == "output":
         return False
     if node.op == "placeholder":
-        return not node.args  # one with a default may be anything
+        # one with a default may be anything
+        return not node.args and not str(node.target).startswith("*")
     if node.op == "call_method":
         return node.target not in _SCALARS and _tensor(node.args[0])
     if node.op == "call_function":

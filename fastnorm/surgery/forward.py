@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fastnorm.surgery.tracing import Guard
+from fastnorm.surgery.tracing import REST, Guard
 
 
 def code_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
@@ -19,8 +19,9 @@ def code_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
         node.type = None  # annotations belong to the signature, which is the original's
     graph.lint()
     code = graph.python_code("self")
-    names = set(re.findall(r"\w+", code.src))
-    return code.src, {name: value for name, value in code.globals.items() if name in names}
+    source = re.sub(rf"\b{REST} = (\w+)", r"**\1", code.src)
+    names = set(re.findall(r"\w+", source))
+    return source, {name: value for name, value in code.globals.items() if name in names}
 
 
 class FusedForward:
@@ -30,12 +31,18 @@ class FusedForward:
     """
 
     def __init__(
-        self, module: nn.Module, source: str, namespace: dict[str, Any], guards: tuple[Guard, ...]
+        self,
+        module: nn.Module,
+        source: str,
+        namespace: dict[str, Any],
+        guards: tuple[Guard, ...],
+        checkpointed: bool = False,
     ) -> None:
         self.module = module
         self.source = source
         self.namespace = namespace
         self.guards = tuple(dict(guards).items())
+        self.checkpointed = checkpointed
         self._compile()
 
     def _compile(self) -> None:
@@ -54,6 +61,8 @@ class FusedForward:
         self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.checkpointed and self.module.training and self.module.gradient_checkpointing:
+            return type(self.module).forward(self.module, *args, **kwargs)
         for path, expected in self.guards:
             value: Any = self.module
             for name in path:
@@ -93,6 +102,7 @@ class FusedForward:
             "module": self.module,
             "source": self.source,
             "guards": self.guards,
+            "checkpointed": self.checkpointed,
             "names": named,
             "objects": objects,
         }
@@ -100,5 +110,6 @@ class FusedForward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         modules = {key: __import__(name, fromlist=["*"]) for key, name in state["names"].items()}
         self.module, self.source, self.guards = state["module"], state["source"], state["guards"]
+        self.checkpointed = state["checkpointed"]
         self.namespace = {**state["objects"], **modules}
         self._compile()

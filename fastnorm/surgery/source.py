@@ -13,11 +13,20 @@ _QUESTIONS = frozenset(
 )
 
 
+def rest_of(code: types.CodeType) -> str:
+    """The name of a function's ``**kwargs``; empty if it has none."""
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return ""
+    before = code.co_argcount + code.co_kwonlyargcount
+    return code.co_varnames[before + bool(code.co_flags & inspect.CO_VARARGS)]
+
+
 class _Source(ast.NodeVisitor):
     """Searches a function for what a trace gets wrong without noticing."""
 
     def __init__(self, code: types.CodeType) -> None:
         self.first = code.co_varnames[0] if code.co_argcount else ""
+        self.rest = rest_of(code)
         self.refusals: list[str] = []
 
     def _rooted(self, node: ast.AST) -> bool:
@@ -47,6 +56,14 @@ class _Source(ast.NodeVisitor):
         if identity and not any(self._rooted(side) for side in sides):
             self.refusals.append(f"its forward tests {ast.unparse(node)!r}")
         self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if node.id == self.rest:
+            self.refusals.append(f"its forward looks into **{node.id}")
+
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg is not None or getattr(node.value, "id", "") != self.rest:
+            self.generic_visit(node)  # f(**kwargs) hands all of it on, unseen
 
     def visit_Call(self, node: ast.Call) -> None:
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))

@@ -24,7 +24,8 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fastnorm.surgery.source import unsafe_source
+from fastnorm.surgery import others
+from fastnorm.surgery.source import rest_of, unsafe_source
 
 # where an attribute is, seen from the traced module, and the value it had
 Guard = tuple[tuple[str, ...], Any]
@@ -59,11 +60,15 @@ _PLAIN = (
 
 
 class Trace(NamedTuple):
-    """A forward's graph (None where torch.fx fails), why it must not be used, and its guards."""
+    """A forward's graph (None where torch.fx fails), why it must not be used, and its guards.
+
+    Of a checkpointed one it is the forward inside the decorator, see others.checkpointed.
+    """
 
     graph: fx.Graph | None
     refusal: str
     guards: tuple[Guard, ...]
+    checkpointed: bool = False
 
 
 class _Watch:
@@ -179,8 +184,24 @@ for _name in (
     setattr(_Proxy, f"__{_name}__", _inplace(_name))
 
 
+REST = "_fastnorm_rest"  # stands in a graph for the key in f(**kwargs)
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def create_args_for_root(self, root_fn: Any, *others: Any, **options: Any) -> Any:
+        found = super().create_args_for_root(root_fn, *others, **options)
+        self.watch.codes[found[0].__code__] = None  # another one where there are **kwargs
+        return found
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """What Python asks for in f(**kwargs); no other use of kwargs is let through."""
+        return [REST] if str(obj.node.target).startswith("**") else super().keys(obj)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -195,6 +216,14 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
+
+
+def _handed_on(graph: fx.Graph) -> None:
+    """kwargs in the place of kwargs[REST], for code_of to write as f(**kwargs)."""
+    for node in graph.nodes:
+        if node.target is operator.getitem and node.args[1] == REST:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _shadow(
@@ -242,7 +271,7 @@ def _unsafe_signature(forward: Any) -> str:
     if hasattr(forward, "__wrapped__"):
         return "its forward is decorated"
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
-        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.VAR_KEYWORD):
             return f"its forward takes {str(parameter).split(':')[0]}"
         if parameter.default is not parameter.empty and not isinstance(
             parameter.default, (bool, int, float, str, type(None))
@@ -253,7 +282,9 @@ def _unsafe_signature(forward: Any) -> str:
 
 def trace(module: nn.Module) -> Trace:
     """Trace the forward of a module with its children as leaves; the module is not touched."""
-    refusal = _unsafe_signature(type(module).forward)
+    inner = others.checkpointed(type(module).forward)
+    forward = inner or type(module).forward
+    refusal = _unsafe_signature(forward)
     if refusal:
         return Trace(None, refusal, ())
     watch = _Watch()
@@ -261,11 +292,13 @@ def trace(module: nn.Module) -> Trace:
     graph = None
     try:
         shadow = _shadow(module, watch, (), {})
-        watch.codes[type(module).forward.__code__] = None
+        type.__setattr__(type(shadow), "forward", forward)
+        watch.codes[forward.__code__] = None
         with _Constants(watch):
             sys.setprofile(watch.profile)
             watch.running = True
-            graph = _Tracer().trace(shadow)
+            graph = _Tracer(watch).trace(shadow)
+            _handed_on(graph)
     except Exception as error:  # a forward can fail on proxies in any way
         what = str(error).partition("\n")[0]
         watch.refusals.append(f"torch.fx cannot trace its forward ({type(error).__name__}: {what})")
@@ -273,4 +306,11 @@ def trace(module: nn.Module) -> Trace:
         watch.running = False
         sys.setprofile(profiler)
     refusals = [reason for code in watch.codes for reason in unsafe_source(code)] + watch.refusals
-    return Trace(graph, refusals[0] if refusals else "", tuple(watch.guards.items()))
+    if rest_of(forward.__code__):
+        refusals += [
+            f"its forward hands on to {code.co_name} what may be an argument of it"
+            for code in watch.codes
+            if code is not forward.__code__ and rest_of(code)
+        ]
+    first = refusals[0] if refusals else ""
+    return Trace(graph, first, tuple(watch.guards.items()), inner is not None)

@@ -220,7 +220,7 @@ def layer_norm(
         + b\\right)
 
     Statistics are taken in fp32 (fp64 for fp64) of the sum as it is returned and saved, rounded to
-    the input's dtype: y is then the norm of the tensor that the residual stream carries on, and
+    its dtype: y is then the norm of the tensor that the residual stream carries on, and
     backward, which has that tensor alone, differentiates the function that forward computed. It is
     also what the two layers compute one after the other.
 
