@@ -156,6 +156,37 @@ def test_argument_names_survive():
     )
 
 
+def documented(function):
+    function.__doc__ = "scales"
+    return function
+
+
+def lost(function):
+    """A decorator that does not say what it wraps."""
+
+    def forward(self, x):
+        return 2 * function(self, x)
+
+    return forward
+
+
+class Documented(Users):
+    @documented
+    def forward(self, x):
+        return self.act(self.norm(x))
+
+
+class Lost(Users):
+    @lost
+    def forward(self, x):
+        return self.act(self.norm(x))
+
+
+def test_a_decorator_that_gives_back_the_forward_is_nothing_to_a_trace():
+    fused_and_same(Documented(), planes())
+    assert "decorated with lost" in reasons(fuse_(Lost()))["norm"]
+
+
 class Scales(nn.Module):
     def forward(self, x, scale=1.0, shift=0.0):
         return x * scale + shift

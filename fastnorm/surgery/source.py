@@ -24,7 +24,8 @@ def rest_of(code: types.CodeType) -> str:
 class _Source(ast.NodeVisitor):
     """Searches a function for what a trace gets wrong without noticing."""
 
-    def __init__(self, code: types.CodeType) -> None:
+    def __init__(self, code: types.CodeType, own: bool) -> None:
+        self.own = own  # the next function is what its decorators have given back
         self.first = code.co_varnames[0] if code.co_argcount else ""
         self.rest = rest_of(code)
         self.refusals: list[str] = []
@@ -36,7 +37,8 @@ class _Source(ast.NodeVisitor):
         return isinstance(node, ast.Name) and node.id == self.first == "self"
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        for decorator in node.decorator_list:
+        decorators, self.own = [] if self.own else node.decorator_list, False
+        for decorator in decorators:
             if not (
                 isinstance(decorator, ast.Name)
                 and decorator.id in ("property", "staticmethod", "classmethod")
@@ -82,7 +84,9 @@ class _Source(ast.NodeVisitor):
     visit_Global = visit_Nonlocal = visit_Await = _refuse
 
 
-def unsafe_source(code: types.CodeType) -> list[str]:
+def unsafe_source(code: types.CodeType, own: bool) -> list[str]:
+    """Why a function that a trace entered cannot be trusted. The forward's ``own`` code stands for
+    itself where it has decorators: one that wraps it would have given another."""
     if (
         code.co_name.startswith("<") and code.co_name != "<lambda>"
     ):  # a comprehension: part of its function's source
@@ -91,6 +95,6 @@ def unsafe_source(code: types.CodeType) -> list[str]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):
         return [f"the source of {code.co_name} is not available"]
-    scan = _Source(code)
+    scan = _Source(code, own)
     scan.visit(tree)
     return scan.refusals

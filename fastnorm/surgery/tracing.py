@@ -77,7 +77,7 @@ class _Watch:
     def __init__(self) -> None:
         self.refusals: list[str] = []
         self.guards: dict[tuple[str, ...], Any] = {}
-        self.codes: dict[types.CodeType, None] = {}
+        self.codes: dict[types.CodeType, bool] = {}  # whether it is the forward's own
         self.running = False
 
     def refuse(self, reason: str) -> None:
@@ -114,7 +114,7 @@ class _Watch:
         name = frame.f_globals.get("__name__", "")
         layer = name.startswith("torch.nn.modules.") and not name.startswith(_MACHINERY)
         if layer or not code.co_filename.startswith(_TORCH):
-            self.codes.setdefault(code)
+            self.codes.setdefault(code, False)
         elif not name.startswith(_ENTRIES) and code is not torch._assert.__code__:
             self.refuse(f"its forward calls {name}.{code.co_name}, which a trace would lose")
 
@@ -196,7 +196,7 @@ class _Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, *others: Any, **options: Any) -> Any:
         found = super().create_args_for_root(root_fn, *others, **options)
-        self.watch.codes[found[0].__code__] = None  # another one where there are **kwargs
+        self.watch.codes[found[0].__code__] = True  # another one where there are **kwargs
         return found
 
     def keys(self, obj: fx.Proxy) -> Any:
@@ -293,7 +293,7 @@ def trace(module: nn.Module) -> Trace:
     try:
         shadow = _shadow(module, watch, (), {})
         type.__setattr__(type(shadow), "forward", forward)
-        watch.codes[forward.__code__] = None
+        watch.codes[forward.__code__] = True
         with _Constants(watch):
             sys.setprofile(watch.profile)
             watch.running = True
@@ -305,12 +305,14 @@ def trace(module: nn.Module) -> Trace:
     finally:
         watch.running = False
         sys.setprofile(profiler)
-    refusals = [reason for code in watch.codes for reason in unsafe_source(code)] + watch.refusals
+    refusals = [
+        reason for code, own in watch.codes.items() for reason in unsafe_source(code, own)
+    ] + watch.refusals
     if rest_of(forward.__code__):
         refusals += [
             f"its forward hands on to {code.co_name} what may be an argument of it"
-            for code in watch.codes
-            if code is not forward.__code__ and rest_of(code)
+            for code, own in watch.codes.items()
+            if not own and rest_of(code)
         ]
     first = refusals[0] if refusals else ""
     return Trace(graph, first, tuple(watch.guards.items()), inner is not None)
