@@ -164,10 +164,13 @@ class _Plan:
     def _tapped(self, norm: nn.Module, following: nn.Module, parent: nn.Module) -> bool:
         """Whether a forward above a Sequential calls its norm, and not only for the activation."""
         owner = self._owner(parent, lambda module: _container(module) or _plain_sequential(module))
-        graph = None if owner is None else self._trace(owner).graph
-        if owner is None or graph is None:
+        if owner is None:
             return False
-        for node in graph.nodes:
+        traces = [self._trace(owner)]
+        if traces[0].absent:  # and what it does where these are given
+            traces.append(trace(owner, assume=False))
+        nodes = [node for one in traces if one.graph is not None for node in one.graph.nodes]
+        for node in nodes:
             if node.op == "call_module" and owner.get_submodule(node.target) is norm:
                 users = [user for user in node.users if user.op == "call_module"]
                 if (
@@ -212,14 +215,9 @@ class _Plan:
             fold: Fold | str = f"called {len(calls)} times by its parent ({kind})"
             if len(calls) == 1:
                 fold = match(calls[0], owner)
-                if (
-                    isinstance(fold, Fold)
-                    and self._trace(owner).checkpointed
-                    and _attribute(norm, fold.activation) is not None
-                ):  # the class's own forward, which gradient checkpointing runs, would apply it too
-                    fold = (
-                        f"{kind}: its forward can be checkpointed, and has an activation after it"
-                    )
+                own = self._trace(owner).gives_way
+                if own and isinstance(fold, Fold) and _attribute(norm, fold.activation) is not None:
+                    fold = f"{kind}: its forward {own}, and would apply the activation twice"
             if isinstance(fold, str):
                 self._skip(norm, fold)
                 continue
@@ -236,8 +234,12 @@ class _Plan:
         if guards:
             traced = self._trace(owner)
             all_guards = (*traced.guards, *guards)
-            forward = FusedForward(owner, *code_of(graph), all_guards, traced.checkpointed)
-            self.rows.append(Row(self.names[owner], f"{kind}.forward", "fused forward"))
+            forward = FusedForward(
+                owner, *code_of(graph), all_guards, traced.absent, traced.checkpointed
+            )
+            where = " and ".join(f"{name} is None" for name in traced.absent)
+            now = f"fused forward where {where}" if where else "fused forward"
+            self.rows.append(Row(self.names[owner], f"{kind}.forward", now))
             edit = functools.partial(owner.__dict__.__setitem__, "forward", forward)
             self.edits.append((owner, edit))
 
@@ -261,7 +263,9 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None, dry_run: bool = Fal
     torch.fx traces the forward of each parent, and where it changes, a new one is bound to that
     instance: parents keep class, keys and hooks. A forward is left alone, and the report says why,
     when a trace would freeze or lose part of it: it reads ``training``, tests the type of an
-    argument, has a ``with`` statement, depends on data. Plain attributes that were read while
+    argument, has a ``with`` statement, depends on data. Where it tests whether an optional argument
+    is None, the new one serves calls in which it is and the class's own the others, and no
+    activation is folded, as that one would apply it again. Plain attributes that were read while
     tracing must keep their values, otherwise the next call is a RuntimeError. Hooks added to a norm
     later see the activated output.
 

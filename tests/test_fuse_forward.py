@@ -156,65 +156,6 @@ def test_argument_names_survive():
     )
 
 
-def documented(function):
-    function.__doc__ = "scales"
-    return function
-
-
-def lost(function):
-    """A decorator that does not say what it wraps."""
-
-    def forward(self, x):
-        return 2 * function(self, x)
-
-    return forward
-
-
-class Documented(Users):
-    @documented
-    def forward(self, x):
-        return self.act(self.norm(x))
-
-
-class Lost(Users):
-    @lost
-    def forward(self, x):
-        return self.act(self.norm(x))
-
-
-def test_a_decorator_that_gives_back_the_forward_is_nothing_to_a_trace():
-    fused_and_same(Documented(), planes())
-    assert "decorated with lost" in reasons(fuse_(Lost()))["norm"]
-
-
-class Scales(nn.Module):
-    def forward(self, x, scale=1.0, shift=0.0):
-        return x * scale + shift
-
-
-class HandsOn(Users):
-    def __init__(self):
-        super().__init__()
-        self.scales = Scales()
-
-    def forward(self, x, shift=0.5, **options):
-        return self.scales(self.act(self.norm(x)), shift=shift, **options)
-
-
-def test_keywords_that_are_only_handed_on():
-    fused_and_same(HandsOn(), planes())
-    model = HandsOn()
-    twin = copy.deepcopy(model)
-    signature = inspect.signature(model.forward)
-    assert fuse_(model).changed == 2
-    assert inspect.signature(model.forward) == signature
-    for options in ({}, {"scale": 3.0}, {"shift": 1.0, "scale": 2.0}):
-        for net in (model, copy.deepcopy(model)):
-            assert torch.equal(net.eval()(planes(), **options), twin.eval()(planes(), **options))
-    with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
-        model(planes(), other=1)
-
-
 class Aliases(Users):
     def forward(self, x):
         y = self.act(self.norm(x)) * 1

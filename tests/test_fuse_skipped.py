@@ -257,6 +257,18 @@ def test_a_norm_whose_output_leaves_its_sequential_is_skipped():
     assert reasons(fuse_(Taps())) == {"layers.0": "its output is used outside its Sequential"}
 
 
+class TapsSometimes(Taps):
+    def forward(self, x, mask=None):
+        y = self.layers[0](x)
+        z = self.layers[1](y)
+        return z if mask is None else z + y
+
+
+def test_a_norm_whose_output_leaves_its_sequential_in_some_calls_is_skipped():
+    report = fuse_(TapsSometimes())
+    assert reasons(report) == {"layers.0": "its output is used outside its Sequential"}
+
+
 def test_a_norm_by_itself_and_other_models():
     assert reasons(fuse_(nn.BatchNorm2d(C))) == {"": "it is the model itself: nothing follows it"}
     assert len(fuse_(nn.Linear(2, 2))) == 0

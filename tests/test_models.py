@@ -125,7 +125,7 @@ MODELS = {
     convnext: (7, 0),
     vit: (7, 2),
     bert: (7, 4),
-    gpt2: (7, 0),
+    gpt2: (7, 2),
     wav2vec2: (14, 4),
 }
 
@@ -245,7 +245,7 @@ def test_no_activation_is_folded_where_a_layer_can_be_checkpointed():
     if not hasattr(Block.forward, "__wrapped__"):
         pytest.skip("this version of transformers checkpoints outside of forward")
     (row,) = fuse_(Block())
-    assert row.why_skipped.startswith("Block: its forward can be checkpointed")
+    assert row.why_skipped.startswith("Block: its forward can be checkpointed, and would apply")
 
 
 def test_under_auto_on_a_cpu_the_numbers_are_torchs_to_the_bit():

@@ -36,12 +36,14 @@ class FusedForward:
         source: str,
         namespace: dict[str, Any],
         guards: tuple[Guard, ...],
+        absent: tuple[str, ...] = (),
         checkpointed: bool = False,
     ) -> None:
         self.module = module
         self.source = source
         self.namespace = namespace
         self.guards = tuple(dict(guards).items())
+        self.absent = absent
         self.checkpointed = checkpointed
         self._compile()
 
@@ -59,9 +61,11 @@ class FusedForward:
         self.asserts = "torch._assert(" in self.source
         signature = inspect.signature(type(self.module).forward)
         self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        names = list(self.__signature__.parameters)
+        self.positions = [(name, names.index(name)) for name in self.absent]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.checkpointed and self.module.training and self.module.gradient_checkpointing:
+        if self._gives_way(args, kwargs):
             return type(self.module).forward(self.module, *args, **kwargs)
         for path, expected in self.guards:
             value: Any = self.module
@@ -83,6 +87,15 @@ class FusedForward:
             type(self.module).forward(self.module, *args, **kwargs)
             raise
 
+    def _gives_way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call is one that the trace does not stand for."""
+        for name, position in self.positions:
+            value = args[position] if position < len(args) else kwargs.get(name)
+            if value is not None:
+                return True
+        module = self.module
+        return self.checkpointed and module.training and bool(module.gradient_checkpointing)
+
     @property
     def _torchscript_modifier(self) -> None:
         """What torch.jit.script asks first of a forward that it is about to read."""
@@ -102,6 +115,7 @@ class FusedForward:
             "module": self.module,
             "source": self.source,
             "guards": self.guards,
+            "absent": self.absent,
             "checkpointed": self.checkpointed,
             "names": named,
             "objects": objects,
@@ -110,6 +124,6 @@ class FusedForward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         modules = {key: __import__(name, fromlist=["*"]) for key, name in state["names"].items()}
         self.module, self.source, self.guards = state["module"], state["source"], state["guards"]
-        self.checkpointed = state["checkpointed"]
+        self.absent, self.checkpointed = state["absent"], state["checkpointed"]
         self.namespace = {**state["objects"], **modules}
         self._compile()

@@ -6,6 +6,7 @@ import ast
 import inspect
 import textwrap
 import types
+from typing import Any
 
 # asked about a proxy, these answer for the proxy and not for the tensor
 _QUESTIONS = frozenset(
@@ -24,8 +25,9 @@ def rest_of(code: types.CodeType) -> str:
 class _Source(ast.NodeVisitor):
     """Searches a function for what a trace gets wrong without noticing."""
 
-    def __init__(self, code: types.CodeType, own: bool) -> None:
-        self.own = own  # the next function is what its decorators have given back
+    def __init__(self, code: types.CodeType, absent: tuple[str, ...] | None) -> None:
+        self.own = absent is not None  # the next function is what its decorators have given back
+        self.absent = absent or ()
         self.first = code.co_varnames[0] if code.co_argcount else ""
         self.rest = rest_of(code)
         self.refusals: list[str] = []
@@ -55,7 +57,11 @@ class _Source(ast.NodeVisitor):
     def visit_Compare(self, node: ast.Compare) -> None:
         sides = [node.left, *node.comparators]
         identity = any(isinstance(test, (ast.Is, ast.IsNot)) for test in node.ops)
-        if identity and not any(self._rooted(side) for side in sides):
+        if (
+            _asks_for_none(node) not in self.absent
+            and identity
+            and not any(self._rooted(side) for side in sides)
+        ):
             self.refusals.append(f"its forward tests {ast.unparse(node)!r}")
         self.generic_visit(node)
 
@@ -84,9 +90,40 @@ class _Source(ast.NodeVisitor):
     visit_Global = visit_Nonlocal = visit_Await = _refuse
 
 
-def unsafe_source(code: types.CodeType, own: bool) -> list[str]:
-    """Why a function that a trace entered cannot be trusted. The forward's ``own`` code stands for
-    itself where it has decorators: one that wraps it would have given another."""
+def _asks_for_none(node: ast.AST) -> str:
+    """The name in ``name is None`` and ``name is not None``; empty for all else."""
+    if not (isinstance(node, ast.Compare) and isinstance(node.left, ast.Name)):
+        return ""
+    test, other = node.ops[0], node.comparators[0]
+    none = isinstance(other, ast.Constant) and other.value is None and len(node.ops) == 1
+    return node.left.id if none and isinstance(test, (ast.Is, ast.IsNot)) else ""
+
+
+def tested_for_none(forward: Any) -> tuple[str, ...]:
+    """The arguments that are None by default, and that a forward asks whether they are; none that
+    it gives another value, which may be None or not when it asks."""
+    parameters = inspect.signature(forward).parameters.values()
+    optional = {parameter.name for parameter in parameters if parameter.default is None}
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    nodes = list(ast.walk(tree))
+    stored = {
+        node.id
+        for node in nodes
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
+    }
+    asked = dict.fromkeys(_asks_for_none(node) for node in nodes)
+    return tuple(name for name in asked if name in optional - stored)
+
+
+def unsafe_source(code: types.CodeType, absent: tuple[str, ...] | None) -> list[str]:
+    """Why a function that a trace entered cannot be trusted.
+
+    Of the forward itself ``absent`` are the arguments that were None, for others it is None. The
+    forward stands for itself where it has decorators: one that wraps it would have given another.
+    """
     if (
         code.co_name.startswith("<") and code.co_name != "<lambda>"
     ):  # a comprehension: part of its function's source
@@ -95,6 +132,6 @@ def unsafe_source(code: types.CodeType, own: bool) -> list[str]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):
         return [f"the source of {code.co_name} is not available"]
-    scan = _Source(code, own)
+    scan = _Source(code, absent)
     scan.visit(tree)
     return scan.refusals

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fastnorm.surgery import others
-from fastnorm.surgery.source import rest_of, unsafe_source
+from fastnorm.surgery.source import rest_of, tested_for_none, unsafe_source
 
 # where an attribute is, seen from the traced module, and the value it had
 Guard = tuple[tuple[str, ...], Any]
@@ -62,13 +62,22 @@ _PLAIN = (
 class Trace(NamedTuple):
     """A forward's graph (None where torch.fx fails), why it must not be used, and its guards.
 
-    Of a checkpointed one it is the forward inside the decorator, see others.checkpointed.
+    It stands for the forward where the ``absent`` arguments are None; of a checkpointed one, for
+    that inside the decorator, see others.checkpointed.
     """
 
     graph: fx.Graph | None
     refusal: str
     guards: tuple[Guard, ...]
+    absent: tuple[str, ...] = ()
     checkpointed: bool = False
+
+    @property
+    def gives_way(self) -> str:
+        """Why the class's own forward has to stay as good as the new one; empty if it need not."""
+        if self.absent:
+            return f"tests whether {self.absent[0]} is None"
+        return "can be checkpointed" if self.checkpointed else ""
 
 
 class _Watch:
@@ -77,7 +86,7 @@ class _Watch:
     def __init__(self) -> None:
         self.refusals: list[str] = []
         self.guards: dict[tuple[str, ...], Any] = {}
-        self.codes: dict[types.CodeType, bool] = {}  # whether it is the forward's own
+        self.codes: dict[types.CodeType, tuple[str, ...] | None] = {}  # see unsafe_source
         self.running = False
 
     def refuse(self, reason: str) -> None:
@@ -114,7 +123,7 @@ class _Watch:
         name = frame.f_globals.get("__name__", "")
         layer = name.startswith("torch.nn.modules.") and not name.startswith(_MACHINERY)
         if layer or not code.co_filename.startswith(_TORCH):
-            self.codes.setdefault(code, False)
+            self.codes.setdefault(code, None)
         elif not name.startswith(_ENTRIES) and code is not torch._assert.__code__:
             self.refuse(f"its forward calls {name}.{code.co_name}, which a trace would lose")
 
@@ -190,14 +199,18 @@ REST = "_fastnorm_rest"  # stands in a graph for the key in f(**kwargs)
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, watch: _Watch) -> None:
+    def __init__(self, watch: _Watch, absent: tuple[str, ...]) -> None:
         super().__init__()
-        self.watch = watch
+        self.watch, self.absent = watch, absent
 
     def create_args_for_root(self, root_fn: Any, *others: Any, **options: Any) -> Any:
-        found = super().create_args_for_root(root_fn, *others, **options)
-        self.watch.codes[found[0].__code__] = True  # another one where there are **kwargs
-        return found
+        function, given = super().create_args_for_root(root_fn, *others, **options)
+        self.watch.codes[function.__code__] = self.absent  # another one where there are **kwargs
+        names = root_fn.__code__.co_varnames
+        return function, [
+            None if name in self.absent else value
+            for name, value in zip(names, given, strict=False)
+        ]
 
     def keys(self, obj: fx.Proxy) -> Any:
         """What Python asks for in f(**kwargs); no other use of kwargs is let through."""
@@ -280,24 +293,27 @@ def _unsafe_signature(forward: Any) -> str:
     return ""
 
 
-def trace(module: nn.Module) -> Trace:
-    """Trace the forward of a module with its children as leaves; the module is not touched."""
+def trace(module: nn.Module, assume: bool = True) -> Trace:
+    """Trace the forward of a module with its children as leaves; the module is not touched.
+
+    ``assume``: arguments that it tests for None are None.
+    """
     inner = others.checkpointed(type(module).forward)
     forward = inner or type(module).forward
     refusal = _unsafe_signature(forward)
     if refusal:
         return Trace(None, refusal, ())
-    watch = _Watch()
+    watch, absent = _Watch(), tested_for_none(forward) if assume else ()
     profiler = sys.getprofile()
     graph = None
     try:
         shadow = _shadow(module, watch, (), {})
         type.__setattr__(type(shadow), "forward", forward)
-        watch.codes[forward.__code__] = True
+        watch.codes[forward.__code__] = absent
         with _Constants(watch):
             sys.setprofile(watch.profile)
             watch.running = True
-            graph = _Tracer(watch).trace(shadow)
+            graph = _Tracer(watch, absent).trace(shadow)
             _handed_on(graph)
     except Exception as error:  # a forward can fail on proxies in any way
         what = str(error).partition("\n")[0]
@@ -306,13 +322,13 @@ def trace(module: nn.Module) -> Trace:
         watch.running = False
         sys.setprofile(profiler)
     refusals = [
-        reason for code, own in watch.codes.items() for reason in unsafe_source(code, own)
+        reason for code, names in watch.codes.items() for reason in unsafe_source(code, names)
     ] + watch.refusals
     if rest_of(forward.__code__):
         refusals += [
             f"its forward hands on to {code.co_name} what may be an argument of it"
-            for code, own in watch.codes.items()
-            if not own and rest_of(code)
+            for code, names in watch.codes.items()
+            if names is None and rest_of(code)
         ]
     first = refusals[0] if refusals else ""
-    return Trace(graph, first, tuple(watch.guards.items()), inner is not None)
+    return Trace(graph, first, tuple(watch.guards.items()), absent, inner is not None)
