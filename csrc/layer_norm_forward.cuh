@@ -29,10 +29,9 @@ __device__ __forceinline__ Vector<T> load_residual(const R* p, int rest) {
         Vector<T> wide = {};
         if (kFast ? rest > 0 : rest >= 4 && reinterpret_cast<uintptr_t>(p) % 8 == 0) {
             const uint2 raw = *reinterpret_cast<const uint2*>(p);
-            R v[4];
-            memcpy(v, &raw, sizeof(raw));
+            const Vector<R> narrow = as_vector<R>({raw.x, raw.y, 0, 0});  // 4 of its 8
 #pragma unroll
-            for (int j = 0; j < 4; ++j) wide.v[j] = widen(v[j]);
+            for (int j = 0; j < 4; ++j) wide.v[j] = widen(narrow.v[j]);
         } else if constexpr (!kFast) {
 #pragma unroll
             for (int j = 0; j < 4; ++j)
