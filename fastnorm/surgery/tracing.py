@@ -11,6 +11,7 @@ values that were read become guards, checked at every call of the new forward.
 from __future__ import annotations
 
 import builtins
+import gc
 import inspect
 import operator
 import os
@@ -304,8 +305,9 @@ def trace(module: nn.Module, assume: bool = True) -> Trace:
     if refusal:
         return Trace(None, refusal, ())
     watch, absent = _Watch(), tested_for_none(forward) if assume else ()
-    profiler = sys.getprofile()
+    profiler, collecting = sys.getprofile(), gc.isenabled()
     graph = None
+    gc.disable()  # a generator that it closes would seem to be entered by the forward
     try:
         shadow = _shadow(module, watch, (), {})
         type.__setattr__(type(shadow), "forward", forward)
@@ -321,6 +323,8 @@ def trace(module: nn.Module, assume: bool = True) -> Trace:
     finally:
         watch.running = False
         sys.setprofile(profiler)
+        if collecting:
+            gc.enable()
     refusals = [
         reason for code, names in watch.codes.items() for reason in unsafe_source(code, names)
     ] + watch.refusals
