@@ -301,7 +301,7 @@ void bind_layer_norm(py::module_& m) {
         .def_readwrite("workers", &Plan::workers)
         .def_readwrite("parts", &Plan::parts);
     m.def("layer_norm_forward",
-          [](Array y, Pointer sum, Pointer statistics, Subject x, Pointer residual,
+          [](Array y, Pointer sum, Pointer statistics, Subject x, Array residual,
              const Parameter& weight, const Parameter& bias, Pointer partials, Pointer counters,
              double eps, Activation activation, const View& view, const Plan& plan) {
               const LayerNormForward a = {y,
@@ -310,6 +310,7 @@ void bind_layer_norm(py::module_& m) {
                                           behind(statistics, view.rows, x.dtype),
                                           View::of(x.data, view.x),
                                           View::of(residual.data, view.other),
+                                          residual.dtype,
                                           weight,
                                           bias,
                                           partials,

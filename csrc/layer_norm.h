@@ -30,16 +30,17 @@ struct LayerNormPlan {
 };
 
 struct LayerNormForward {
-    Array y;             // [rows, cols], dtype of x or another
-    void* sum;           // [rows, cols], x + residual in the dtype of x, or null
-    void* mean;          // [rows], wide
-    void* rstd;          // [rows], wide
-    Rows x;              // [rows, cols]
-    Rows residual;       // [rows, cols], or null
-    Array weight;        // [cols], or null
-    Array bias;          // [cols], or null
-    void* partials;      // chunks: [rows, chunks, 2], wide
-    unsigned* counters;  // chunks: [2 + rows], zero before and after
+    Array y;               // [rows, cols], dtype of x or another
+    void* sum;             // [rows, cols], x + residual in the dtype of x, or null
+    void* mean;            // [rows], wide
+    void* rstd;            // [rows], wide
+    Rows x;                // [rows, cols]
+    Rows residual;         // [rows, cols], or null ...
+    Dtype residual_dtype;  // ... of x's dtype, or half where x is fp32
+    Array weight;          // [cols], or null
+    Array bias;            // [cols], or null
+    void* partials;        // chunks: [rows, chunks, 2], wide
+    unsigned* counters;    // chunks: [2 + rows], zero before and after
     double eps;
     long rows, batch_rows, cols;
     Activation activation;

@@ -19,16 +19,55 @@ __device__ __forceinline__ void add(Vector<T>& x, const Vector<T>& residual) {
         x.v[j] = static_cast<T>(widen(x.v[j]) + widen(residual.v[j]));
 }
 
+// A vector of a residual at p, see load_row; a narrower one is widened.
+template <bool kFast, class T, class R>
+__device__ __forceinline__ Vector<T> load_residual(const R* p, int rest) {
+    if constexpr (std::is_same_v<R, T>) {
+        return load_row<kFast>(p, rest);
+    } else {
+        static_assert(sizeof(R) == 2 && Vector<T>::size == 4, "");
+        Vector<T> wide = {};
+        if (kFast ? rest > 0 : rest >= 4 && reinterpret_cast<uintptr_t>(p) % 8 == 0) {
+            const uint2 raw = *reinterpret_cast<const uint2*>(p);
+            const Vector<R> narrow = as_vector<R>({raw.x, raw.y, 0, 0});  // 4 of its 8
+#pragma unroll
+            for (int j = 0; j < 4; ++j) wide.v[j] = widen(narrow.v[j]);
+        } else if constexpr (!kFast) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (j < rest) wide.v[j] = widen(p[j]);
+        }
+        return wide;
+    }
+}
+
+template <bool kFast, class R, class T, int n>
+__device__ __forceinline__ void add_row(const LayerNormForward& a, const Part<T>& part, long row,
+                                        long begin, Vector<T> (&x)[n]) {
+    const R* residual = row_of<R>(a.residual, row, a.rows, a.batch_rows) + begin;
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+        if (part.used(k))
+            add(x[k], load_residual<kFast, T>(residual + part.column(k), part.rest(k)));
+    }
+}
+
 // Adds the residual, if there is one, to columns of x that begin at `begin`; stores the sum if it
 // is wanted.
 template <bool kFast, class T, int n>
 __device__ __forceinline__ void add_residual(const LayerNormForward& a, const Part<T>& part,
                                              long row, long begin, Vector<T> (&x)[n], bool store) {
     if (a.residual.data == nullptr) return;
-    const T* residual = row_of<T>(a.residual, row, a.rows, a.batch_rows) + begin;
-#pragma unroll
-    for (int k = 0; k < n; ++k)
-        if (part.used(k)) add(x[k], load_row<kFast>(residual + part.column(k), part.rest(k)));
+    if constexpr (std::is_same_v<T, float>) {  // a switch, for kernels of their own are many
+        if (a.residual_dtype == Dtype::bfloat16)
+            add_row<kFast, __nv_bfloat16>(a, part, row, begin, x);
+        else if (a.residual_dtype == Dtype::float16)
+            add_row<kFast, __half>(a, part, row, begin, x);
+        else
+            add_row<kFast, float>(a, part, row, begin, x);
+    } else {
+        add_row<kFast, T>(a, part, row, begin, x);
+    }
     if (a.sum == nullptr || !store) return;
     T* sum = static_cast<T*>(a.sum) + row * a.cols + begin;
 #pragma unroll

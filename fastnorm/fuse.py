@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from torch import nn
 
 from fastnorm.modules import batch_norm, layer_norm, sync_batch_norm
-from fastnorm.surgery import losses
+from fastnorm.surgery import losses, others
 from fastnorm.surgery.edits import (
     ORIGIN,
     Edits,
@@ -62,18 +62,20 @@ class _Plan:
     def __init__(self, model: nn.Module, wanted: Filter | None) -> None:
         self.rows: list[Row] = []
         self.notes: list[Note] = []
+        self.advice: list[Note] = []  # notes that replace_ gives too
         self.edits: Edits = []
         self.folds = 0
         self.parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
         self.names = {module: name for name, module in model.named_modules()}
         self.traces: dict[nn.Module, Trace] = {}
+        self.fused = {**_NORMS, **others.fusible()}
         for parent in self.names:
             for key, child in parent._modules.items():
                 if child is not None:
                     self.parents.setdefault(child, []).append((parent, key))
         owned: dict[nn.Module, list[nn.Module]] = {}
         for norm, name in self.names.items():
-            if type(norm) not in _NORMS or getattr(norm, "activation", None) is not None:
+            if type(norm) not in self.fused or getattr(norm, "activation", None) is not None:
                 continue
             reason = self._refusal(norm) or (
                 "" if wanted is None or wanted(norm, name) else "left out by filter_fn"
@@ -104,6 +106,8 @@ class _Plan:
             return untouchable(norm)
         if hooked(norm):
             return "hooks on the norm"
+        if getattr(norm, "_fast_norm", False):
+            return "timm's fast norm is on"
         places = len(self.parents.get(norm, ()))
         if places == 0:
             return "it is the model itself: nothing follows it"
@@ -123,11 +127,12 @@ class _Plan:
             self.traces[owner] = trace(owner)
         return self.traces[owner]
 
-    def _fold(self, norm: nn.Module, name: str, residual: bool) -> None:
+    def _fold(self, norm: nn.Module, name: str, residual: bool, shared: bool = False) -> None:
         self.folds += 1
-        cls, value = _NORMS[type(norm)], _attribute(norm, name)
+        cls, value = self.fused[type(norm)], _attribute(norm, name)
         attributes = {} if value is None else {"activation": value}
-        folded = ", ".join((*attributes.values(), *(["residual"] if residual else [])))
+        terms = [name for name, there in (("residual", residual), ("sum", shared)) if there]
+        folded = ", ".join((*attributes.values(), *terms))
         self.rows.append(Row(self.names[norm], title(type(norm)), f"{title(cls)}({folded})"))
         self.notes += losses.of_layer(norm, self.names[norm])
         self.edits.append((norm, functools.partial(swap, norm, cls, **attributes)))
@@ -138,6 +143,9 @@ class _Plan:
         position = keys.index(key) + 1
         before = parent._modules[keys[position - 2]] if position > 1 else None
         self.notes += losses.of_neighbour(before, norm, self.names[norm])
+        if type(norm) in _NORMS:
+            entries = [entry for entry in parent._modules.values() if entry is not None]
+            self.advice += losses.of_row(entries, entries.index(norm), self.names[norm])
         following = parent._modules[keys[position]] if position < len(keys) else None
         if following is None:
             return self._skip(norm, "nothing follows it in its Sequential")
@@ -156,10 +164,13 @@ class _Plan:
     def _tapped(self, norm: nn.Module, following: nn.Module, parent: nn.Module) -> bool:
         """Whether a forward above a Sequential calls its norm, and not only for the activation."""
         owner = self._owner(parent, lambda module: _container(module) or _plain_sequential(module))
-        graph = None if owner is None else self._trace(owner).graph
-        if owner is None or graph is None:
+        if owner is None:
             return False
-        for node in graph.nodes:
+        traces = [self._trace(owner)]
+        if traces[0].absent:  # and what it does where these are given
+            traces.append(trace(owner, assume=False))
+        nodes = [node for one in traces if one.graph is not None for node in one.graph.nodes]
+        for node in nodes:
             if node.op == "call_module" and owner.get_submodule(node.target) is norm:
                 users = [user for user in node.users if user.op == "call_module"]
                 if (
@@ -199,16 +210,18 @@ class _Plan:
             calls = [node for node, module in modules.items() if module is norm]
             if calls and isinstance(norm, nn.LayerNorm):
                 self.notes += losses.of_call(calls[0], self.names[norm])
+                if len(calls) == 1 and type(norm) in _NORMS:
+                    self.advice += losses.of_rounding(calls[0], owner, self.names[norm])
             fold: Fold | str = f"called {len(calls)} times by its parent ({kind})"
             if len(calls) == 1:
                 fold = match(calls[0], owner)
+                own = self._trace(owner).gives_way
+                if own and isinstance(fold, Fold) and _attribute(norm, fold.activation) is not None:
+                    fold = f"{kind}: its forward {own}, and would apply the activation twice"
             if isinstance(fold, str):
                 self._skip(norm, fold)
                 continue
-            self._fold(norm, fold.activation, fold.residual is not None)
-            if fold.add is not None and isinstance(norm, nn.LayerNorm):
-                terms = fold.add.args[0], fold.add.args[1]
-                self.notes += losses.of_sum(terms, norm, owner, self.names[norm])
+            self._fold(norm, fold.activation, fold.residual is not None, fold.shared)
             # what the new forward relies on: a norm that was converted, or another activation put
             # where the folded one was, has to be an error
             path = *str(fold.norm.target).split("."), "activation"
@@ -219,15 +232,22 @@ class _Plan:
             guards += [((*str(node.target).split("."),), modules[node]) for node in fold.idle]
             rewrite(fold, owner)
         if guards:
-            forward = FusedForward(owner, *code_of(graph), (*self._trace(owner).guards, *guards))
-            self.rows.append(Row(self.names[owner], f"{kind}.forward", "fused forward"))
+            traced = self._trace(owner)
+            all_guards = (*traced.guards, *guards)
+            forward = FusedForward(
+                owner, *code_of(graph), all_guards, traced.absent, traced.checkpointed
+            )
+            where = " and ".join(f"{name} is None" for name in traced.absent)
+            now = f"fused forward where {where}" if where else "fused forward"
+            self.rows.append(Row(self.names[owner], f"{kind}.forward", now))
             edit = functools.partial(owner.__dict__.__setitem__, "forward", forward)
             self.edits.append((owner, edit))
 
 
-def foldable(model: nn.Module, norms: Collection[nn.Module]) -> int:
-    """How many of these norms of a model fuse_ would fold something into."""
-    return _Plan(model, lambda norm, name: norm in norms).folds
+def foldable(model: nn.Module, norms: Collection[nn.Module]) -> tuple[int, list[Note]]:
+    """How many of these norms of a model fuse_ would fold something into, and advice on them."""
+    plan = _Plan(model, lambda norm, name: norm in norms)
+    return plan.folds, plan.advice
 
 
 def fuse_(model: nn.Module, filter_fn: Filter | None = None, dry_run: bool = False) -> Report:
@@ -235,12 +255,17 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None, dry_run: bool = Fal
 
     .. math:: y = f(\\operatorname{bn}(x) + r) \\qquad y = f(\\operatorname{layer\\_norm}(x + r))
 
+    A sum that is used again after its layer norm, as in pre-norm transformers, is written by the
+    norm's kernel too.
+
     Norms become BatchNormAct1d, -2d, -3d or LayerNorm with an activation: the same objects,
     parameters and state_dict. In a Sequential the folded activation becomes an Identity. Elsewhere
     torch.fx traces the forward of each parent, and where it changes, a new one is bound to that
     instance: parents keep class, keys and hooks. A forward is left alone, and the report says why,
     when a trace would freeze or lose part of it: it reads ``training``, tests the type of an
-    argument, has a ``with`` statement, depends on data. Plain attributes that were read while
+    argument, has a ``with`` statement, depends on data. Where it tests whether an optional argument
+    is None, the new one serves calls in which it is and the class's own the others, and no
+    activation is folded, as that one would apply it again. Plain attributes that were read while
     tracing must keep their values, otherwise the next call is a RuntimeError. Hooks added to a norm
     later see the activated output.
 
@@ -275,4 +300,4 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None, dry_run: bool = Fal
     plan = _Plan(model, filter_fn)
     if not dry_run:
         apply(plan.edits)
-    return Report(plan.rows, dry_run, plan.notes)
+    return Report(plan.rows, dry_run, [*plan.notes, *plan.advice])

@@ -159,7 +159,8 @@ def replace_(
     if filter_fn is None:
         notes += losses.of_model(model, chosen, changed)
     if changed:
-        notes += [*losses.unfused(foldable(model, changed)), *losses.of_machine(changed)]
+        count, advice = foldable(model, changed)
+        notes += [*losses.unfused(count), *advice, *losses.of_machine(changed)]
     if not dry_run:
         apply(edits)
     return Report(rows, dry_run, notes)

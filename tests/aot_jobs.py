@@ -99,6 +99,17 @@ def layer_norm(rows: int, cols: int, dtype: torch.dtype, activation: str | None)
     differentiate(function, x, weight, bias, *residual)
 
 
+def layer_norm_mixed(rows: int, cols: int, half: torch.dtype) -> None:
+    """fp32 and a residual that is half, as under autocast."""
+    x, residual = torch.empty(rows, cols), torch.empty(rows, cols, dtype=half)
+    weight, bias = torch.empty(cols), torch.empty(cols)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return functional.layer_norm(x, (cols,), weight, bias, residual=residual)
+
+    differentiate(function, x, weight, bias, residual)
+
+
 def layer_norm_bare(rows: int, cols: int, dtype: torch.dtype, given: str) -> None:
     """No residual and no activation; the parameters that are `given`, frozen ones among them."""
     x = torch.empty(rows, cols, dtype=dtype)
@@ -158,6 +169,9 @@ def jobs(full: bool) -> Iterator[Job]:
             for activation in fused if full else ("silu",):
                 aligned = cols % 16 == 0
                 yield job(layer_norm, rows, cols, dtype, activation, aligned=aligned)
+        for rows, cols in ((4096, 768), (4096, 769), (512, 40960), (4, 1 << 18)):
+            if dtype != torch.float32 and (full or dtype == torch.bfloat16):
+                yield job(layer_norm_mixed, rows, cols, dtype, aligned=cols % 16 == 0)
         # a parameter, a residual or a gradient that is None takes branches of its own
         if full or dtype == torch.bfloat16:
             for rows, cols in ((4096, 1024), (512, 32768), (4, 1 << 18)):

@@ -108,6 +108,28 @@ def test_the_opt_in_is_an_argument_of_the_layer(backend: str) -> None:
         fastnorm.LayerNorm(8, autocast="bf16")
 
 
+@pytest.mark.parametrize("backend", AVAILABLE, indirect=True)
+def test_the_opt_in_rounds_what_autocast_would_round(backend: str, device: str) -> None:
+    """Half in the kernel is the fp32 output rounded, but for the order of the arithmetic in fp32;
+    gradients are of the same dy."""
+    torch.manual_seed(0)
+    x, w, dy = (torch.randn(6, 16, device=device).bfloat16() for _ in range(3))
+    w = w[0].float()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        statistics: Tensor
+        y, statistics, _ = torch.ops.fastnorm.layer_norm_forward(
+            x, None, w, w, 1, 1e-5, "identity", dtype, False
+        )
+        dx, dweight, dbias = torch.ops.fastnorm.layer_norm_backward(
+            x, dy.to(dtype), None, w, w, statistics, 1, "identity", [True, True, True]
+        )
+        found.append((y.bfloat16(), dx, dweight, dbias))
+    for rounded_outside, rounded_inside in zip(*found, strict=True):
+        # one step of bf16, where a difference in the last place of fp32 lies on its boundary
+        torch.testing.assert_close(rounded_inside, rounded_outside, rtol=2**-7, atol=1e-6)
+
+
 @everywhere
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_input_beside_fp32_parameters(dtype: torch.dtype, backend: str) -> None:

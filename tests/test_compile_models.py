@@ -31,7 +31,9 @@ def _from_nothing() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "make", [models.resnet, models.convnext, models.bert, models.wav2vec2], ids=lambda m: m.__name__
+    "make",
+    [models.resnet, models.convnext, models.bert, models.vit, models.wav2vec2],
+    ids=lambda m: m.__name__,
 )
 def test_three_compiled_steps_give_the_numbers_of_the_untouched_model(make: Any) -> None:
     model, inputs = models.build(make)

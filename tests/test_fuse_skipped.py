@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastnorm.fuse import fuse_
+from fastnorm.replace import replace_
 from tests.twins import (
     C,
     Residual,
@@ -67,9 +68,28 @@ class StarArguments(Users):
         return self.act(self.norm(xs[0]))
 
 
-class KeywordArguments(Users):
+class LooksIntoKeywords(Users):
     def forward(self, x, **options):
-        return self.act(self.norm(x))
+        return self.act(self.norm(x)) * options.get("scale", 1.0)
+
+
+class CopiesKeywords(Users):
+    def forward(self, x, **options):
+        given = {**options}
+        return self.act(self.norm(x), **given)
+
+
+class HandsKeywordsToAMethod(Users):
+    def _inner(self, x, scale=1.0, **options):
+        return self.act(self.norm(x), **options) * scale
+
+    def forward(self, x, **options):
+        return self._inner(x, **options)
+
+
+class HandsKeywordsToAFunction(HandsKeywordsToAMethod):
+    def _inner(self, x, scale=1.0):
+        return self.act(self.norm(x)) * scale
 
 
 class Context(Users):
@@ -170,7 +190,10 @@ SKIPPED = [
     (AsksType, "isinstance"),
     (AsksNone, "mask is None"),
     (StarArguments, r"takes \*xs"),
-    (KeywordArguments, r"takes \*\*options"),
+    (LooksIntoKeywords, r"looks into \*\*options"),
+    (CopiesKeywords, r"looks into \*\*options"),
+    (HandsKeywordsToAMethod, "hands on to _inner what may be an argument of it"),
+    (HandsKeywordsToAFunction, "unexpected keyword argument"),
     (Context, "with statement"),
     (Decorated, "decorated"),
     (PythonRandom, "random"),
@@ -232,6 +255,18 @@ class Taps(nn.Module):
 
 def test_a_norm_whose_output_leaves_its_sequential_is_skipped():
     assert reasons(fuse_(Taps())) == {"layers.0": "its output is used outside its Sequential"}
+
+
+class TapsSometimes(Taps):
+    def forward(self, x, mask=None):
+        y = self.layers[0](x)
+        z = self.layers[1](y)
+        return z if mask is None else z + y
+
+
+def test_a_norm_whose_output_leaves_its_sequential_in_some_calls_is_skipped():
+    report = fuse_(TapsSometimes())
+    assert reasons(report) == {"layers.0": "its output is used outside its Sequential"}
 
 
 def test_a_norm_by_itself_and_other_models():
@@ -298,32 +333,57 @@ def test_a_layer_norm_after_a_layer_that_permutes_is_noted():
     assert note.text.startswith("its input is a view by Permute, read across its")
 
 
-class SelfOutput(nn.Module):
-    """As in BERT: the norm of a sum with what a linear layer gives."""
+class Rounded(nn.Module):
+    """As in ConvNeXt: a layer norm between a convolution and a linear layer."""
 
-    def __init__(self, forward=lambda self, x, y: self.norm(self.drop(self.linear(x)) + y)):
+    def __init__(self, forward):
         super().__init__()
-        self.linear, self.drop, self.norm = nn.Linear(C, C), nn.Dropout(), nn.LayerNorm(C)
-        self.add = forward
+        self.conv, self.drop, self.put = nn.Conv2d(C, C, 1), nn.Dropout(), forward
+        self.norm, self.linear, self.act = nn.LayerNorm(C), nn.Linear(C, C), nn.GELU()
 
-    def forward(self, x, y):
-        return self.add(self, x, y)
+    def forward(self, x):
+        return self.put(self, x)
 
 
-def test_a_sum_of_two_dtypes_under_autocast_is_noted():
-    report = fuse_(nn.Sequential(SelfOutput()))
-    (note,) = report.notes
+def between(self, x):
+    return self.linear(self.norm(self.drop(self.conv(x)).permute(0, 2, 3, 1).contiguous()))
+
+
+@pytest.mark.parametrize("surgery", [fuse_, replace_])
+def test_a_layer_norm_whose_output_autocast_rounds_is_noted(surgery):
+    report = surgery(nn.Sequential(Rounded(between)))
+    (note,) = [note for note in report.notes if "autocast" in note.text]
     assert note.name == "0.norm"
-    assert note.text.startswith("under autocast one term of its sum is half")
-    other_way = SelfOutput(lambda self, x, y: self.norm(y + self.linear(x)))
-    assert len(fuse_(other_way).notes) == 1
-    assert fuse_(SelfOutput().bfloat16()).notes == []
-    both_half = SelfOutput(lambda self, x, y: self.norm(self.linear(x) + self.linear(y)))
-    unknown = SelfOutput(lambda self, x, y: self.norm(x + y))
-    for model in (both_half, unknown):
-        report = fuse_(model)
-        assert report.changed == 2, report
-        assert report.notes == []
+    assert "the Linear after it rounds that to half" in note.text
+    in_a_row = nn.Sequential(nn.Linear(C, C), nn.Dropout(), nn.LayerNorm(C), nn.Linear(C, C))
+    assert [note.name for note in surgery(in_a_row).notes] == ["2"]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.norm(self.conv(x)),
+        lambda self, x: self.linear(self.norm(x)),
+        lambda self, x: self.linear(self.norm(self.conv(x) + x)),
+        lambda self, x: self.linear(self.norm(torch.relu(self.conv(x)))),
+        lambda self, x: self.linear(self.act(self.norm(self.conv(x)))),
+        lambda self, x: (lambda y: self.linear(y) + y)(self.norm(self.conv(x))),
+    ],
+)
+def test_a_layer_norm_that_may_give_fp32_to_another_is_not_noted(forward):
+    report = fuse_(Rounded(forward))
+    assert "autocast" not in str(report)
+
+
+def test_nothing_is_noted_of_autocast_where_it_is_set_or_the_model_is_half():
+    model = Rounded(between)
+    replace_(model)
+    model.norm.autocast = "input"
+    for each in (model, Rounded(between).bfloat16()):
+        assert "under autocast" not in str(fuse_(each))
+    for row in ([nn.LayerNorm(C)], [nn.LayerNorm(C), nn.Linear(C, C)], [nn.Linear(C, C)]):
+        assert fuse_(nn.Sequential(*row)).notes == []
+    assert replace_(nn.Sequential(nn.Linear(C, C), nn.LayerNorm(C), nn.GELU())).changed == 2
 
 
 def test_a_batch_norm_that_is_fused_in_evaluation_is_noted():

@@ -104,6 +104,7 @@ def test_long_rows(small_limits, monkeypatch, columns, shared_row):
         randn(18, columns, seed=5),
     )  # two groups of rows, the second short
     agrees("triton", x, (columns,), residual=residual, return_sum=True, activation="silu")
+    agrees("triton", x, (columns,), residual=residual.half(), return_sum=True)
     agrees("triton", x, (columns,), affine=False)
     assert not launch.counters(x, 1).any(), "every launch leaves its counters zero"
 
@@ -206,6 +207,43 @@ def test_a_residual_that_torch_can_add(backend, residual):
     with dispatch.backend(backend):
         y, total = layer_norm(x, (8,), residual=residual, return_sum=True)
     torch.testing.assert_close((y, total), (F.layer_norm(x + residual, (8,)), x + residual))
+
+
+# as under autocast: what a linear layer gives is half, what a layer norm gives fp32
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize("cols", [48, 33, 36])
+def test_a_residual_of_another_dtype_is_one_call(backend, half, cols):
+    wide, narrow = randn(20, cols), randn(20, cols, dtype=half, seed=5)
+    for x, residual in ((wide, narrow), (narrow, wide), (narrow[:, :7], wide[:, 1:8])):
+        options = {"residual": residual, "return_sum": True, "parameter_dtype": torch.float32}
+        agrees(backend, x, (x.size(1),), activation="silu", **options)
+        with dispatch.backend(backend):
+            shape, given = (x.size(1),), x.detach().requires_grad_()
+            y, total = layer_norm(given, shape, residual=residual, return_sum=True)
+        assert y.dtype is total.dtype is torch.float32
+        assert torch.equal(total, x + residual)
+        assert total.grad_fn is y.grad_fn
+        assert type(y.grad_fn).__name__ == "LayerNormFunctionBackward"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_through_a_residual_of_another_dtype(backend):
+    x, residual = randn(3, 5).requires_grad_(), randn(3, 5, seed=1).bfloat16().requires_grad_()
+
+    def second(call):
+        y, total = call()
+        first = torch.autograd.grad(
+            (y.square() * total).sum(), (x, residual), create_graph=True, materialize_grads=True
+        )
+        return torch.autograd.grad(sum(g.float().square().sum() for g in first), (x, residual))
+
+    with dispatch.backend(backend):
+        found = second(lambda: layer_norm(x, (5,), residual=residual, return_sum=True))
+    expected = second(lambda: (F.layer_norm(x + residual, (5,)), x + residual))
+    for own, theirs in zip(found, expected, strict=True):
+        assert own.dtype == theirs.dtype
+        torch.testing.assert_close(own, theirs, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

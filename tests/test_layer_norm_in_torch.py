@@ -58,6 +58,10 @@ def test_operators(backend):
     x, residual, weight = randn(3, 8), randn(3, 8, seed=1), randn(8, seed=2)
     checks = ("test_schema", "test_faketensor")
     with dispatch.backend(backend):
+        mixed = (x, residual.bfloat16(), weight, None, 1, 1e-5, "identity", torch.float32, True)
+        torch.library.opcheck(
+            torch.ops.fastnorm.layer_norm_forward.default, mixed, test_utils=checks
+        )
         forward = (x, residual, weight, weight, 1, 1e-5, "silu", torch.float32, True)
         torch.library.opcheck(
             torch.ops.fastnorm.layer_norm_forward.default, forward, test_utils=checks

@@ -153,6 +153,71 @@ def test_timms_layer_norms_are_one_kernel_but_for_its_fast_norm(timm: Any) -> No
                 assert layer(given).dtype is twin(given).dtype is torch.bfloat16
 
 
+class PreNorm(nn.Module):
+    """As timm's vision_transformer.Block, of timm's parts."""
+
+    def __init__(self, timm: Any, drop_path: nn.Module) -> None:
+        super().__init__()
+        norms = sys.modules["timm.layers.norm"]
+        self.norm1, self.norm2 = norms.LayerNorm(8), norms.LayerNorm(8)
+        self.attn, self.mlp = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.drop_path1 = self.drop_path2 = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+@everywhere
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_sum_before_timms_layer_norm(
+    timm: Any, drop: float, replaced: bool, backend: str
+) -> None:
+    paths = importlib.import_module("timm.layers.drop")
+    block = PreNorm(timm, paths.DropPath(drop) if drop else nn.Identity()).double()
+    twin, was = copy.deepcopy(block), type(block.norm2)
+    if replaced:
+        fastnorm.replace_(block)
+    report = fastnorm.fuse_(block)
+    assert [row.now for row in report if not row.why_skipped] == [
+        "fused forward",
+        "fastnorm.LayerNorm(residual, sum)",
+    ]
+    for training in (True, False):
+        found = []
+        for net in (block, twin):
+            net.train(training)
+            torch.manual_seed(1)
+            x = torch.linspace(-1, 2, 48, dtype=torch.float64).view(ROWS).requires_grad_()
+            found.append(step(net, net, x))
+        assert_same(*found)
+    fastnorm.restore_(block)
+    assert type(block.norm2) is was
+    assert "forward" not in block.__dict__
+
+
+def test_a_sum_where_timms_fast_norm_is_on(timm: Any) -> None:
+    block = PreNorm(timm, nn.Identity())
+    block.norm2._fast_norm = True
+    why = {row.name: row.why_skipped for row in fastnorm.fuse_(block)}
+    assert why["norm2"] == "timm's fast norm is on"
+    block.norm2._fast_norm = False
+    twin, x = copy.deepcopy(block), torch.randn(ROWS)
+    assert fastnorm.fuse_(block).changed == 2
+    block.norm2._fast_norm = twin.norm2._fast_norm = True  # afterwards: timm's own forward
+    torch.testing.assert_close(block(x), twin(x))
+    assert fastnorm.fuse_(nn.Sequential(copy.deepcopy(twin.norm1), nn.ReLU())).changed == 2
+    layer = nn.Sequential(twin.norm1, nn.ReLU())
+    expected = layer(x)
+    fastnorm.fuse_(layer)
+    with pytest.raises(RuntimeError, match="TorchScript has no layer like"):
+        torch.jit.script(layer)
+    assert torch.equal(layer(x), expected)
+    layer[0]._fast_norm = True
+    torch.testing.assert_close(layer(x), expected)
+
+
 def names_of_graph(y: Tensor) -> str:
     """The backward nodes from a tensor on, as far as the first input of each."""
     names, node = [], y.grad_fn

@@ -13,17 +13,19 @@ from fastnorm.modules.programs import Proxy, leaf, twin_of
 from fastnorm.ops.layer_norm import layer_norm
 
 
-def over_rows(module: Any, x: Tensor) -> Tensor:
-    """Layer norm of the last dimensions with a layer's parameters."""
-    y: Any = layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-    result: Tensor = y  # without a residual's sum
-    return result
+def over_rows(module: Any, x: Tensor, *folded: Any) -> Any:
+    """Layer norm of the last dimensions with a layer's parameters, and what is folded in: an
+    activation, a residual, whether the sum is wanted too."""
+    options = dict(zip(("activation", "residual", "return_sum"), folded, strict=False))
+    shape, weight, bias = module.normalized_shape, module.weight, module.bias
+    return layer_norm(x, shape, weight, bias, module.eps, **options)
 
 
 def over_channels(module: Any, x: Tensor) -> Tensor:
     """Layer norm of ``[N, C, H, W]`` over C, of whatever strides; the output is channels_last, as
     torch's of the permuted view."""
-    return over_rows(module, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    y: Tensor = over_rows(module, x.permute(0, 2, 3, 1))
+    return y.permute(0, 3, 1, 2)
 
 
 class _Images(nn.Module):
@@ -48,7 +50,8 @@ class _EitherFormat(_Images):
             return leaf(self, features)
         if self.data_format == "channels_first":
             return over_channels(self, features)
-        return over_rows(self, features)
+        y: Tensor = over_rows(self, features)
+        return y
 
 
 # a package's module -> its class and the forward of it; a class that is no nn.LayerNorm, as in

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, fx, nn
 
@@ -41,6 +41,15 @@ def twin_of(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return twin
 
 
+def unscriptable(module: nn.Module) -> NoReturn:
+    """The error of torch.jit.script of a layer that only we have."""
+    raise RuntimeError(
+        f"TorchScript has no layer like {module!r}: call fastnorm.restore_(model) before "
+        "torch.jit.script, and before ONNX made of it, to undo fuse_; or use torch.export, "
+        "torch.jit.trace or torch.onnx.export, which take the model as it is"
+    )
+
+
 class Scriptable:
     """Gives torch.jit.script torch's own layer, with the same parameters, for one of ours."""
 
@@ -49,9 +58,5 @@ class Scriptable:
         torchs = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch."))
         activation = getattr(self, "activation", None)
         if torchs is nn.Module or activation or getattr(self, "approximate", None) == "sigmoid":
-            raise RuntimeError(
-                f"TorchScript has no layer like {self!r}: call fastnorm.restore_(model) before "
-                "torch.jit.script, and before ONNX made of it, to undo fuse_; or use torch.export, "
-                "torch.jit.trace or torch.onnx.export, which take the model as it is"
-            )
+            unscriptable(module)
         return twin_of(module, torchs)

@@ -35,6 +35,7 @@ def _classes() -> dict[type[nn.Module], Any]:
 
 
 REPLACEMENTS = _classes()
+FUSIBLE: dict[type[nn.Module], type[nn.Module]] = {}
 ACTIVATIONS: dict[type[nn.Module], str] = {
     cls: ours.name for theirs, ours in REPLACEMENTS.items() for cls in (theirs, ours)
 }

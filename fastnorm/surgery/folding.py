@@ -140,6 +140,7 @@ class Fold(NamedTuple):
     add: fx.Node | None
     last: fx.Node  # whose value the fused norm's output is
     idle: tuple[fx.Node, ...] = ()  # the Identity layers between these
+    shared: bool = False  # whether the sum before a layer norm has users beside it
 
 
 _ADDS = (operator.add, operator.iadd, torch.add)
@@ -161,7 +162,8 @@ def _tensor(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.op == "output":
         return False
     if node.op == "placeholder":
-        return not node.args  # one with a default may be anything
+        # one with a default may be anything
+        return not node.args and not str(node.target).startswith("*")
     if node.op == "call_method":
         return node.target not in _SCALARS and _tensor(node.args[0])
     if node.op == "call_function":
@@ -283,19 +285,32 @@ def _match_layer_norm(node: fx.Node, root: nn.Module) -> Fold | str:
     name, reason, path = _following(node, root)
     add: Any = node.args[0]
     terms = _terms(add)
-    plain = terms is not None and not _added_in_place(add) and len(add.users) == 1
+    plain = terms is not None and not _added_in_place(add)
     last, between = (path[-1], path[1:-1]) if name else (node, ())
     if terms is not None and plain and not _disturbed(add, node, root) and "hooks" not in reason:
-        return Fold(node, name or "identity", terms[1], add, last, between)
+        return Fold(node, name or "identity", terms[1], add, last, between, len(add.users) > 1)
     return Fold(node, name, None, None, last, between) if name else reason
+
+
+def _position(fold: Fold, before: bool) -> fx.Node:
+    """Before which node the one call stands: there its inputs are known, and no output is used."""
+    if fold.add is None:
+        return fold.norm
+    if not before:
+        return fold.add
+    node = fold.add.next
+    while node is not fold.norm:
+        if node in fold.add.users:
+            return fold.add
+        node = node.next
+    return fold.norm
 
 
 def rewrite(fold: Fold, root: nn.Module) -> None:
     """Change the graph: one call in place of the norm, the addition and the activation."""
     graph, norm = fold.norm.graph, fold.norm
     before = isinstance(root.get_submodule(str(norm.target)), nn.LayerNorm)
-    position = norm if fold.add is None or before else fold.add
-    with graph.inserting_before(position):
+    with graph.inserting_before(_position(fold, before)):
         source, residual = norm.args[0], fold.residual
         if fold.add is not None and before:
             source = fold.add.args[0]
@@ -303,9 +318,13 @@ def rewrite(fold: Fold, root: nn.Module) -> None:
             # the sum keeps the dtype of the norm's output, which is its input's
             dtype = graph.call_function(getattr, (source, "dtype"))
             residual = graph.call_method("to", (residual, dtype))
-        fused = graph.call_module(
-            str(norm.target), (source,) if residual is None else (source, residual)
-        )
+        arguments = (source,) if residual is None else (source, residual)
+        if fold.shared and fold.add is not None:
+            both = graph.call_module(str(norm.target), (*arguments, True))
+            fused, total = (graph.call_function(operator.getitem, (both, k)) for k in (0, 1))
+            fold.add.replace_all_uses_with(total)
+        else:
+            fused = graph.call_module(str(norm.target), arguments)
     fold.last.replace_all_uses_with(fused)
     folded = {fold.last, norm, fold.add, *fold.idle}
     for node in reversed(graph.nodes):  # users before what they use

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fastnorm.surgery.tracing import Guard
+from fastnorm.surgery.tracing import REST, Guard
 
 
 def code_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
@@ -19,8 +19,9 @@ def code_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
         node.type = None  # annotations belong to the signature, which is the original's
     graph.lint()
     code = graph.python_code("self")
-    names = set(re.findall(r"\w+", code.src))
-    return code.src, {name: value for name, value in code.globals.items() if name in names}
+    source = re.sub(rf"\b{REST} = (\w+)", r"**\1", code.src)
+    names = set(re.findall(r"\w+", source))
+    return source, {name: value for name, value in code.globals.items() if name in names}
 
 
 class FusedForward:
@@ -30,12 +31,20 @@ class FusedForward:
     """
 
     def __init__(
-        self, module: nn.Module, source: str, namespace: dict[str, Any], guards: tuple[Guard, ...]
+        self,
+        module: nn.Module,
+        source: str,
+        namespace: dict[str, Any],
+        guards: tuple[Guard, ...],
+        absent: tuple[str, ...] = (),
+        checkpointed: bool = False,
     ) -> None:
         self.module = module
         self.source = source
         self.namespace = namespace
         self.guards = tuple(dict(guards).items())
+        self.absent = absent
+        self.checkpointed = checkpointed
         self._compile()
 
     def _compile(self) -> None:
@@ -49,10 +58,15 @@ class FusedForward:
         scope = dict(self.namespace)
         exec(compile(self.source, name, "exec"), scope)  # torch.fx writes forwards as source
         self.function = scope["forward"]
+        self.asserts = "torch._assert(" in self.source
         signature = inspect.signature(type(self.module).forward)
         self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        names = list(self.__signature__.parameters)
+        self.positions = [(name, names.index(name)) for name in self.absent]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._gives_way(args, kwargs):
+            return type(self.module).forward(self.module, *args, **kwargs)
         for path, expected in self.guards:
             value: Any = self.module
             for name in path:
@@ -63,7 +77,24 @@ class FusedForward:
                     f"{type(self.module).__name__}.forward and is {value!r} now: "
                     "call fastnorm.restore_ first, and fuse_ again"
                 )
-        return self.function(self.module, *args, **kwargs)
+        if not self.asserts:
+            return self.function(self.module, *args, **kwargs)
+        try:
+            return self.function(self.module, *args, **kwargs)
+        except AssertionError:
+            # its text was made while tracing, of what stood for the inputs: the class's own forward
+            # fails in the same place with these inputs
+            type(self.module).forward(self.module, *args, **kwargs)
+            raise
+
+    def _gives_way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call is one that the trace does not stand for."""
+        for name, position in self.positions:
+            value = args[position] if position < len(args) else kwargs.get(name)
+            if value is not None:
+                return True
+        module = self.module
+        return self.checkpointed and module.training and bool(module.gradient_checkpointing)
 
     @property
     def _torchscript_modifier(self) -> None:
@@ -84,6 +115,8 @@ class FusedForward:
             "module": self.module,
             "source": self.source,
             "guards": self.guards,
+            "absent": self.absent,
+            "checkpointed": self.checkpointed,
             "names": named,
             "objects": objects,
         }
@@ -91,5 +124,6 @@ class FusedForward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         modules = {key: __import__(name, fromlist=["*"]) for key, name in state["names"].items()}
         self.module, self.source, self.guards = state["module"], state["source"], state["guards"]
+        self.absent, self.checkpointed = state["absent"], state["checkpointed"]
         self.namespace = {**state["objects"], **modules}
         self._compile()

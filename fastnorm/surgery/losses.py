@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -169,31 +169,57 @@ def of_neighbour(before: nn.Module | None, norm: nn.Module, name: str) -> Iterat
         yield Note(name, _STRIDED.format("Permute"))
 
 
-_HALF = (nn.Linear, nn.modules.conv._ConvNd)  # whose output autocast makes half
-_PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
+_HALF = (nn.Linear, nn.modules.conv._ConvNd)  # whose input and output autocast makes half
+_PASSING = (nn.Identity, nn.Flatten, nn.modules.dropout._DropoutNd)
+_VIEWS = (*_PERMUTES, "flatten", "reshape", "view", "contiguous")
 
 
-def _half_by_autocast(node: Any, root: nn.Module) -> bool:
-    """Whether a sum's term is surely half under autocast, for all that the trace shows."""
-    while isinstance(node, fx.Node) and node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        if isinstance(module, _HALF):
-            return True
-        if not isinstance(module, _PASSING) or not node.args:
-            return False
-        node = node.args[0]
-    return False
-
-
-def of_sum(terms: tuple[Any, Any], norm: nn.Module, root: nn.Module, name: str) -> Iterator[Note]:
-    """What a layer norm with a residual loses under autocast, by the two terms of its sum."""
+def _rounded_twice(norm: nn.Module, before: nn.Module | None, after: Any) -> bool:
+    """Whether autocast makes a layer norm's input half, its output fp32, and that half again."""
     weight = getattr(norm, "weight", None)
-    if weight is not None and weight.dtype is not torch.float32:
-        return  # no model for autocast
-    if sum(_half_by_autocast(term, root) for term in terms) == 1:
-        yield Note(
-            name,
-            "under autocast one term of its sum is half, by a linear layer or a convolution, and "
-            "the other, where a layer norm made it, fp32: such a sum is taken before the kernel, "
-            "and in it only where both have one dtype, as in a model in bfloat16",
-        )
+    return (
+        isinstance(norm, nn.LayerNorm)
+        and getattr(norm, "autocast", None) is None
+        and (weight is None or weight.dtype is torch.float32)  # else no model for autocast
+        and isinstance(before, _HALF)
+        and isinstance(after, _HALF)
+    )
+
+
+def _advice(name: str, after: nn.Module) -> Note:
+    return Note(
+        name,
+        f"under autocast its input is half, its output fp32, and the {type(after).__name__} after "
+        "it rounds that to half: where it is a LayerNorm of ours with autocast='input' its kernel "
+        "rounds instead, once as before, and a step moves 10 bytes an element in place of 26",
+    )
+
+
+def of_rounding(node: fx.Node, root: nn.Module, name: str) -> Iterator[Note]:
+    """What autocast="input" would save of a layer norm that a traced forward calls."""
+    norm, source = root.get_submodule(str(node.target)), node.args[0] if node.args else None
+    before = None
+    while isinstance(source, fx.Node) and source.args and before is None:
+        if source.op == "call_module":
+            module = root.get_submodule(str(source.target))
+            if not isinstance(module, _PASSING):
+                before = module
+        elif str(getattr(source.target, "__name__", source.target)) not in _VIEWS:
+            return
+        source = source.args[0]
+    users = [user for user in node.users if user.op == "call_module"]
+    after = root.get_submodule(str(users[0].target)) if users else None
+    if after is not None and len(node.users) == 1 and _rounded_twice(norm, before, after):
+        yield _advice(name, after)
+
+
+def of_row(entries: Sequence[nn.Module], position: int, name: str) -> Iterator[Note]:
+    """The same of a layer norm in a Sequential."""
+    before = (
+        entry
+        for entry in reversed(entries[:position])
+        if not isinstance(entry, _PASSING) and type(entry).__name__ != "Permute"
+    )
+    after = entries[position + 1] if position + 1 < len(entries) else None
+    if after is not None and _rounded_twice(entries[position], next(before, None), after):
+        yield _advice(name, after)

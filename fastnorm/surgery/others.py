@@ -30,6 +30,27 @@ def replacements() -> dict[type[nn.Module], type[nn.Module]]:
     return {**known, **permuted.replacements()}
 
 
+def fusible() -> dict[type[nn.Module], type[nn.Module]]:
+    """The norms that take an activation and a residual as ours do: a package's class, and ours of
+    it, -> ours."""
+    known = {theirs: ours for one in _in_use() for theirs, ours in one.FUSIBLE.items()}
+    return known | {ours: ours for ours in known.values()}
+
+
+def checkpointed(forward: Any) -> Any:
+    """The forward inside transformers' decorator of layers that can be checkpointed; None if this
+    is none.
+
+    The decorator calls it as it is unless ``gradient_checkpointing`` is set, in training.
+    """
+    layers = sys.modules.get("transformers.modeling_layers")
+    maker = getattr(getattr(layers, "GradientCheckpointingLayer", None), "__init_subclass__", None)
+    code = getattr(getattr(maker, "__func__", None), "__code__", None)
+    if code is None or getattr(forward, "__code__", None) not in code.co_consts:
+        return None
+    return forward.__wrapped__
+
+
 def activation_name(module: nn.Module) -> str | None:
     """The fused activation that a layer of another package is."""
     return next(

@@ -11,6 +11,7 @@ values that were read become guards, checked at every call of the new forward.
 from __future__ import annotations
 
 import builtins
+import gc
 import inspect
 import operator
 import os
@@ -24,7 +25,8 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fastnorm.surgery.source import unsafe_source
+from fastnorm.surgery import others
+from fastnorm.surgery.source import rest_of, tested_for_none, unsafe_source
 
 # where an attribute is, seen from the traced module, and the value it had
 Guard = tuple[tuple[str, ...], Any]
@@ -59,11 +61,24 @@ _PLAIN = (
 
 
 class Trace(NamedTuple):
-    """A forward's graph (None where torch.fx fails), why it must not be used, and its guards."""
+    """A forward's graph (None where torch.fx fails), why it must not be used, and its guards.
+
+    It stands for the forward where the ``absent`` arguments are None; of a checkpointed one, for
+    that inside the decorator, see others.checkpointed.
+    """
 
     graph: fx.Graph | None
     refusal: str
     guards: tuple[Guard, ...]
+    absent: tuple[str, ...] = ()
+    checkpointed: bool = False
+
+    @property
+    def gives_way(self) -> str:
+        """Why the class's own forward has to stay as good as the new one; empty if it need not."""
+        if self.absent:
+            return f"tests whether {self.absent[0]} is None"
+        return "can be checkpointed" if self.checkpointed else ""
 
 
 class _Watch:
@@ -72,7 +87,7 @@ class _Watch:
     def __init__(self) -> None:
         self.refusals: list[str] = []
         self.guards: dict[tuple[str, ...], Any] = {}
-        self.codes: dict[types.CodeType, None] = {}
+        self.codes: dict[types.CodeType, tuple[str, ...] | None] = {}  # see unsafe_source
         self.running = False
 
     def refuse(self, reason: str) -> None:
@@ -109,8 +124,8 @@ class _Watch:
         name = frame.f_globals.get("__name__", "")
         layer = name.startswith("torch.nn.modules.") and not name.startswith(_MACHINERY)
         if layer or not code.co_filename.startswith(_TORCH):
-            self.codes.setdefault(code)
-        elif not name.startswith(_ENTRIES):
+            self.codes.setdefault(code, None)
+        elif not name.startswith(_ENTRIES) and code is not torch._assert.__code__:
             self.refuse(f"its forward calls {name}.{code.co_name}, which a trace would lose")
 
 
@@ -179,8 +194,28 @@ for _name in (
     setattr(_Proxy, f"__{_name}__", _inplace(_name))
 
 
+REST = "_fastnorm_rest"  # stands in a graph for the key in f(**kwargs)
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
+
+    def __init__(self, watch: _Watch, absent: tuple[str, ...]) -> None:
+        super().__init__()
+        self.watch, self.absent = watch, absent
+
+    def create_args_for_root(self, root_fn: Any, *others: Any, **options: Any) -> Any:
+        function, given = super().create_args_for_root(root_fn, *others, **options)
+        self.watch.codes[function.__code__] = self.absent  # another one where there are **kwargs
+        names = root_fn.__code__.co_varnames
+        return function, [
+            None if name in self.absent else value
+            for name, value in zip(names, given, strict=False)
+        ]
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """What Python asks for in f(**kwargs); no other use of kwargs is let through."""
+        return [REST] if str(obj.node.target).startswith("**") else super().keys(obj)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -195,6 +230,14 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
+
+
+def _handed_on(graph: fx.Graph) -> None:
+    """kwargs in the place of kwargs[REST], for code_of to write as f(**kwargs)."""
+    for node in graph.nodes:
+        if node.target is operator.getitem and node.args[1] == REST:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _shadow(
@@ -242,7 +285,7 @@ def _unsafe_signature(forward: Any) -> str:
     if hasattr(forward, "__wrapped__"):
         return "its forward is decorated"
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
-        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.VAR_KEYWORD):
             return f"its forward takes {str(parameter).split(':')[0]}"
         if parameter.default is not parameter.empty and not isinstance(
             parameter.default, (bool, int, float, str, type(None))
@@ -251,26 +294,45 @@ def _unsafe_signature(forward: Any) -> str:
     return ""
 
 
-def trace(module: nn.Module) -> Trace:
-    """Trace the forward of a module with its children as leaves; the module is not touched."""
-    refusal = _unsafe_signature(type(module).forward)
+def trace(module: nn.Module, assume: bool = True) -> Trace:
+    """Trace the forward of a module with its children as leaves; the module is not touched.
+
+    ``assume``: arguments that it tests for None are None.
+    """
+    inner = others.checkpointed(type(module).forward)
+    forward = inner or type(module).forward
+    refusal = _unsafe_signature(forward)
     if refusal:
         return Trace(None, refusal, ())
-    watch = _Watch()
-    profiler = sys.getprofile()
+    watch, absent = _Watch(), tested_for_none(forward) if assume else ()
+    profiler, collecting = sys.getprofile(), gc.isenabled()
     graph = None
+    gc.disable()  # a generator that it closes would seem to be entered by the forward
     try:
         shadow = _shadow(module, watch, (), {})
-        watch.codes[type(module).forward.__code__] = None
+        type.__setattr__(type(shadow), "forward", forward)
+        watch.codes[forward.__code__] = absent
         with _Constants(watch):
             sys.setprofile(watch.profile)
             watch.running = True
-            graph = _Tracer().trace(shadow)
+            graph = _Tracer(watch, absent).trace(shadow)
+            _handed_on(graph)
     except Exception as error:  # a forward can fail on proxies in any way
         what = str(error).partition("\n")[0]
         watch.refusals.append(f"torch.fx cannot trace its forward ({type(error).__name__}: {what})")
     finally:
         watch.running = False
         sys.setprofile(profiler)
-    refusals = [reason for code in watch.codes for reason in unsafe_source(code)] + watch.refusals
-    return Trace(graph, refusals[0] if refusals else "", tuple(watch.guards.items()))
+        if collecting:
+            gc.enable()
+    refusals = [
+        reason for code, names in watch.codes.items() for reason in unsafe_source(code, names)
+    ] + watch.refusals
+    if rest_of(forward.__code__):
+        refusals += [
+            f"its forward hands on to {code.co_name} what may be an argument of it"
+            for code, names in watch.codes.items()
+            if names is None and rest_of(code)
+        ]
+    first = refusals[0] if refusals else ""
+    return Trace(graph, first, tuple(watch.guards.items()), absent, inner is not None)

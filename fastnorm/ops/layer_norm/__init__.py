@@ -103,6 +103,7 @@ class LayerNormFunction(torch.autograd.Function):
             x, residual, weight, bias, dims, eps, activation, dtype, want_sum
         )
         ctx.settings = settings
+        ctx.residual_dtype = x.dtype if residual is None else residual.dtype
         ctx.set_materialize_grads(False)  # what torch gives no gradient gets none from us
         ctx.save_for_backward(x if residual is None else total, weight, bias, statistics)
         if residual is None:
@@ -133,9 +134,12 @@ class LayerNormFunction(torch.autograd.Function):
             dx, dweight, dbias = _backward(
                 x, dy, dsum, weight, bias, statistics, dims, activation, needs
             )
+        dresidual = dx if ctx.needs_input_grad[1] else None
+        if dresidual is not None and dresidual.dtype is not ctx.residual_dtype:
+            dresidual = dresidual.to(ctx.residual_dtype)
         return (
             dx if ctx.needs_input_grad[0] else None,
-            dx if ctx.needs_input_grad[1] else None,
+            dresidual,
             dweight,
             dbias,
             None,
@@ -216,7 +220,7 @@ def layer_norm(
         + b\\right)
 
     Statistics are taken in fp32 (fp64 for fp64) of the sum as it is returned and saved, rounded to
-    the input's dtype: y is then the norm of the tensor that the residual stream carries on, and
+    its dtype: y is then the norm of the tensor that the residual stream carries on, and
     backward, which has that tensor alone, differentiates the function that forward computed. It is
     also what the two layers compute one after the other.
 
@@ -226,7 +230,8 @@ def layer_norm(
         weight, bias: ``[*normalized_shape]`` or None, of any floating dtype.
         eps: added to the (biased) variance, in units of the input squared.
         activation: the name of one, see :func:`fastnorm.functional.activation`; None is none.
-        residual: added to the input first. Shape and dtype of the input in the fused kernel;
+        residual: added to the input first, with the dtype that torch's addition has. In the fused
+            kernel where both have one shape, and one dtype or fp32 and half, as under autocast;
             anything else that torch can add is added before it.
         return_sum: return ``(y, input + residual)``: the pre-norm residual stream and its gradient
             stay in the same kernels. Without a residual the second is ``input`` itself.
@@ -234,7 +239,8 @@ def layer_norm(
             input's dtype.
 
     Returns:
-        The input's shape, row-major, in the input's dtype; with the sum where ``return_sum``.
+        The input's shape, row-major, in the dtype of the input or of its sum with the residual;
+        with that sum where ``return_sum``.
 
     Raises:
         RuntimeError: ``normalized_shape`` is empty or does not match the input, ``weight`` or
@@ -258,8 +264,12 @@ def layer_norm(
             "or 'input' (the input's dtype)"
         )
     shape = tuple(normalized_shape)
-    if residual is not None and not _fusible(input, residual):
-        input, residual = input + residual, None
+    if residual is not None and (
+        residual.dtype is not input.dtype
+        or residual.shape != input.shape
+        or residual.device != input.device
+    ):
+        input, residual = _terms(input, residual)
     way = dispatch.way("layer_norm", input, residual, weight, bias)
     if way is None:
         total = input if residual is None else input + residual
@@ -275,9 +285,15 @@ def layer_norm(
     return (y, total) if return_sum else y
 
 
-def _fusible(input: Tensor, residual: Tensor) -> bool:
-    return (
-        residual.shape == input.shape
-        and residual.dtype == input.dtype
-        and residual.device == input.device
-    )
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _terms(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x, which has the dtype of the sum, and a residual that the kernels can add to it; the sum and
+    None where they cannot."""
+    if residual.shape == input.shape and residual.device == input.device:
+        if input.dtype is torch.float32 and residual.dtype in _HALF:
+            return input, residual
+        if residual.dtype is torch.float32 and input.dtype in _HALF:
+            return residual, input
+    return input + residual, None
