@@ -167,7 +167,8 @@ def jobs(full: bool) -> Iterator[Job]:
                     yield job(swish, layout, dtype, per_channel, aligned=aligned)
         for rows, cols in ((8192, 64), (8192, 769), (4096, 1024), (512, 40960), (4, 1 << 18)):
             for activation in fused if full else ("silu",):
-                aligned = cols % 16 == 0
+                # 16-bit rows that begin anywhere are cut at 16 bytes
+                aligned = cols % 16 == 0 or dtype.itemsize == 2
                 yield job(layer_norm, rows, cols, dtype, activation, aligned=aligned)
         for rows, cols in ((4096, 768), (4096, 769), (512, 40960), (4, 1 << 18)):
             if dtype != torch.float32 and (full or dtype == torch.bfloat16):
@@ -177,8 +178,9 @@ def jobs(full: bool) -> Iterator[Job]:
             for rows, cols in ((4096, 1024), (512, 32768), (4, 1 << 18)):
                 for given in ("both", "weight", "none", "frozen"):
                     yield job(layer_norm_bare, rows, cols, dtype, given)
-            # many rows a tile, several rows of several warps, a row of all warps
-            for cols in (96, 512, 8192):
+            # many rows a tile, several rows of several warps, a row of all warps; and the same
+            # of rows that do not begin on 16 bytes
+            for cols in (96, 512, 8192, 65, 257, 500, 4095):
                 yield job(layer_norm_bare, 4096, cols, dtype, "both")
         for shape, dim in (
             ((512, 1152), 0),

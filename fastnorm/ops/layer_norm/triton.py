@@ -21,6 +21,12 @@ from fastnorm.ops.layer_norm.triton_forward import (
     normalize_long_kernel,
     normalize_ticket_kernel,
 )
+from fastnorm.ops.layer_norm.triton_misaligned import (
+    VEC,
+    backward_misaligned_kernel,
+    cut,
+    normalize_misaligned_kernel,
+)
 from fastnorm.ops.layer_norm.views import dense, in_place, rows_adjacent
 
 # Columns up to which a row lives in registers: forward 32 elements a thread; backward keeps x, dy
@@ -41,6 +47,10 @@ HELD_COLS, HELD_COLS_SLOPE = 2048, 1024
 # of occupancy. REGISTERS: 16 warps a processor; REGISTERS_WIDE: 12 in programs of 4, whose tiles of
 # 16-bit rows need them (and transposed ones, and fp64).
 REGISTERS, REGISTERS_WIDE, REGISTER_FILE = 128, 168, 65536
+# Rows of 16-bit numbers that do not begin on 16 bytes: from this many columns on, by the elements
+# that an access of theirs could have, triton_misaligned.py works on their bodies, MISALIGNED
+# elements a thread; the backward on half as many with an activation or outside of these columns.
+LEAST_BODY, MISALIGNED, MISALIGNED_LEAST, MISALIGNED_MOST = 32, 16, 264, 2056
 # Rows a program has at least, where that leaves one for every processor: each writes 8 N bytes of
 # sums for its 6 N bytes (16 bit) a row.
 LEAST_ROWS = 8
@@ -145,6 +155,14 @@ def layer_norm_forward(
     transposed = rows_adjacent(views[0])
     B, S, _ = views[0].shape
     row_align, col_align = _align(views)
+    if _misaligned(N, col_align, *views):
+        tile, phases, tiles = cut(M, N, MISALIGNED, REGISTERS)
+        programs = min(tiles, _resident_misaligned(x, tile, phases))
+        normalize_misaligned_kernel[(programs,)](
+            y, total, mean, rstd, views[0], None if residual is None else views[1], weight, bias,
+            *launch.split(eps), M, N, phases, tiles, programs, **tile, **constants,
+        )  # fmt: skip
+        return
     tile = _tile(N, 16, transposed, 16)
     tiles = triton.cdiv(S, tile["ROWS"])
     normalize_kernel[(B * tiles,)](
@@ -252,6 +270,19 @@ def _programs(M: int, tiles: int, resident: int, processors: int) -> int:
     return min(resident, tiles, max(processors, -(-M // LEAST_ROWS)))
 
 
+def _misaligned(N: int, col_align: int, *views: Tensor) -> bool:
+    """Whether rows of 16-bit numbers follow each other without beginning on 16 bytes, and are long
+    enough for triton_misaligned.py."""
+    fine = views[0].element_size() == 2 and col_align < VEC and LEAST_BODY * col_align <= N
+    return fine and all(view.size(0) == 1 and view.stride()[1:] == (N, 1) for view in views)
+
+
+def _resident_misaligned(x: Tensor, tile: dict[str, int], phases: int) -> int:
+    """The programs that run at once, as many of each phase."""
+    resident = _resident(launch.processors(x.get_device()), tile["maxnreg"], tile["num_warps"])
+    return max(1, resident // phases) * phases
+
+
 def _parts(
     like: Tensor, spans: int, N: int, *wanted: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -273,6 +304,8 @@ def _backward_short(
     views = in_place(dims, 0 if x.dtype == torch.float64 else BACKWARD_TRANSPOSED_COLS, x, dy)
     B, S, _ = views[0].shape
     row_align, col_align = _align(views)
+    if _misaligned(N, col_align, *views):
+        return _backward_misaligned(views, operands, dx, wants_weight, wants_bias, M, N, constants)
     transposed = any(rows_adjacent(view) for view in views)
     short_row, held = SHORT_ROW, HELD_COLS
     if constants["SLOPE"] is not None:
@@ -301,6 +334,24 @@ def _backward_short(
         BATCHED=B > 1, HOLD=N <= held and not several,  # noqa: SIM300
         WHOLE=tile["COLS"] == N, **tile, **constants,
     )  # fmt: skip
+    return parts, resident
+
+
+def _backward_misaligned(
+    views: list[Tensor], operands: tuple[Any, ...], dx: Tensor | None,
+    wants_weight: bool, wants_bias: bool, M: int, N: int, constants: dict[str, Any],
+) -> tuple[Tensor | None, int]:  # fmt: skip
+    """The partial parameter gradients, and how many there may be for rows of this length."""
+    light = constants["SLOPE"] is None and MISALIGNED_LEAST <= N < MISALIGNED_MOST
+    thread, registers = (MISALIGNED, REGISTERS_WIDE) if light else (MISALIGNED // 2, REGISTERS)
+    tile, phases, tiles = cut(M, N, thread, registers)
+    resident = _resident_misaligned(views[0], tile, phases)
+    programs = _programs(M, tiles, resident, launch.processors(views[0].get_device()))
+    programs = min(triton.cdiv(programs, phases) * phases, resident)
+    parts, dweight, dbias = _parts(operands[-1], programs, N, wants_weight, wants_bias)
+    backward_misaligned_kernel[(programs,)](
+        dx, dweight, dbias, *views, *operands, M, N, phases, tiles, programs, **tile, **constants
+    )
     return parts, resident
 
 
