@@ -45,7 +45,7 @@ BACKWARD_BYTES, SHORT_ROW, SHORT_ROW_SLOPE = 32, 127, 1024
 HELD_COLS, HELD_COLS_SLOPE = 2048, 1024
 # Of a thread, said explicitly: left to itself the assembler spills a little to reach the next step
 # of occupancy. REGISTERS: 16 warps a processor; REGISTERS_WIDE: 12 in programs of 4, whose tiles of
-# 16-bit rows need them (and transposed ones, and fp64).
+# 16-bit rows need them (and fp64).
 REGISTERS, REGISTERS_WIDE, REGISTER_FILE = 128, 168, 65536
 # Rows of 16-bit numbers that do not begin on 16 bytes: from this many columns on, by the elements
 # that an access of theirs could have, triton_misaligned.py works on their bodies, MISALIGNED
@@ -163,7 +163,8 @@ def layer_norm_forward(
             *launch.split(eps), M, N, phases, tiles, programs, **tile, **constants,
         )  # fmt: skip
         return
-    tile = _tile(N, 16, transposed, 16)
+    # of adjacent rows a thread has eight, whose sums it shares with as many others
+    tile = _tile(N, 32 if transposed and x.element_size() == 2 else 16, transposed, 16)
     tiles = triton.cdiv(S, tile["ROWS"])
     normalize_kernel[(B * tiles,)](
         y, total, mean, rstd, views[0], None if residual is None else views[1], weight, bias,
@@ -316,9 +317,11 @@ def _backward_short(
     elif N <= short_row or col_align * x.element_size() < 16:  # noqa: SIM300
         thread //= 2
     tile = _tile(N, thread, transposed, 8 if transposed else 16)
-    wide = transposed or x.dtype == torch.float64 or (thread == 16 and tile["num_warps"] == 4)
+    wide = x.dtype == torch.float64 or (thread == 16 and tile["num_warps"] == 4)
     most = REGISTER_FILE // (32 * tile["num_warps"])
     tile["maxnreg"] = min(most, REGISTERS_WIDE if wide else REGISTERS)
+    if transposed:  # a program is all that a processor has, with 168 of them too
+        tile["maxnreg"] = 255
     tiles = B * triton.cdiv(S, tile["ROWS"])
     processors = launch.processors(x.get_device())
     resident = _resident(processors, tile["maxnreg"], tile["num_warps"])

@@ -16,7 +16,7 @@ import math
 import triton
 import triton.language as tl
 
-from fastnorm.ops.layer_norm.triton_tiles import inverse_root
+from fastnorm.ops.layer_norm.triton_tiles import inverse_root, quotient
 
 VEC = 8  # 16-bit numbers in 16 bytes
 SIZES = ["M", "N", "phases", "tiles", "programs"]
@@ -144,7 +144,8 @@ def normalize_misaligned_kernel(
     _, _, col_inside, _, edge_inside = at
     weight, edge_weight = parameter(weight_ptr, at, 1.0, WIDE)
     bias, edge_bias = parameter(bias_ptr, at, 0.0, WIDE)
-    share = 1.0 / N.to(WIDE)
+    n = N.to(WIDE)
+    share = 1.0 / n
     row = rows_of(program, phases, ROWS)
     next_x, next_edge = read_row(x_ptr, row, M, N, at, VEC)
     if residual_ptr is not None:
@@ -162,11 +163,11 @@ def normalize_misaligned_kernel(
             if sum_ptr is not None:
                 write_row(sum_ptr, here, M, N, at, x, edge, VEC)
         v, edge_v = x.to(WIDE), edge.to(WIDE)
-        mean = row_sum(v, edge_v) * share
+        mean = quotient(row_sum(v, edge_v), n, share)
         v = tl.where(col_inside, v - mean[:, None, None], 0.0)
         edge_v = tl.where(edge_inside, edge_v - mean[:, None], 0.0)
         variance = row_sum(v * v, edge_v * edge_v) * share
-        rstd = inverse_root(variance, eps, eps_low, WIDE)
+        rstd = inverse_root(variance, eps, eps_low, True, WIDE)
         tl.store(mean_ptr + here, mean, mask=here < M)
         tl.store(rstd_ptr + here, rstd, mask=here < M)
         y = VALUE(v * rstd[:, None, None] * weight + bias)
