@@ -156,7 +156,8 @@ def layer_norm_forward(
     B, S, _ = views[0].shape
     row_align, col_align = _align(views)
     if _misaligned(N, col_align, *views):
-        tile, phases, tiles = cut(M, N, MISALIGNED, REGISTERS)
+        light = residual is None or activation == "identity"
+        tile, phases, tiles = cut(M, N, MISALIGNED, REGISTERS if light else REGISTERS_WIDE)
         programs = min(tiles, _resident_misaligned(x, tile, phases))
         normalize_misaligned_kernel[(programs,)](
             y, total, mean, rstd, views[0], None if residual is None else views[1], weight, bias,

@@ -30,7 +30,7 @@ def cut(M: int, N: int, thread: int, registers: int) -> tuple[dict[str, int], in
     rows = max(1, 32 * thread * warps // lanes)
     phases = VEC // math.gcd(N, VEC)
     tile = {"ROWS": rows, "VECTORS": lanes // VEC, "VEC": VEC}
-    options = {"num_warps": warps, "maxnreg": registers}
+    options = {"num_warps": warps, "maxnreg": min(registers, 2048 // warps)}  # what there is
     return {**tile, **options}, phases, triton.cdiv(M, phases * rows) * phases
 
 
