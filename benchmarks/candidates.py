@@ -114,6 +114,7 @@ KNOBS: dict[tuple[str, str], tuple[Knob, ...]] = {
         Knob("BACKWARD_BYTES", _LAYER_NORM, (16, 32), BACKWARD),
         Knob("HELD_COLS", _LAYER_NORM, (0, 2048, 4096), BACKWARD),
         Knob("LEAST_ROWS", _LAYER_NORM, (2, 8, 32), BACKWARD),
+        Knob("LEAST_BODY", _LAYER_NORM, (32, 1 << 62), words=((1 << 62, "element by element"),)),
         Knob("FINALIZE", _LAYER_NORM, (2048, 4096, 8192), BACKWARD),
         # rows beyond them: how far the first phase is ahead, rows at once
         Knob("LEAD_QUARTERS", _LAYER_NORM, (0, 1, 2, 4), BACKWARD),

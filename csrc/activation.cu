@@ -11,6 +11,8 @@ constexpr int kThreads = 256;
 // registers for each value on the way.
 template <class T>
 constexpr int kInFlight = sizeof(T) == 8 ? 2 : 4;
+// ... or fewer, down to one, where there would be fewer blocks than an H100 has at once.
+constexpr long kSmallGrid = 384;
 // Blocks per multiprocessor that registers are given out for: 96 KB in flight are more than enough,
 // and ptxas would spill to fit more.
 template <class T>
@@ -18,15 +20,25 @@ constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;
 
 // ---- kernels: elementwise -----------------------------------------------------------------------
 
-// out[i] = f({in[0][i], in[1][i], ...}) for one tile of kThreads * kInFlight<T> vectors per block.
-// Arrays that do not begin on 16 bytes (slices) are read element by element.
+// Elements of a block.
+template <class T>
+__host__ __device__ __forceinline__ int tile(long count) {
+    constexpr int kStep = kThreads * Vector<T>::size;
+    int vectors = 1;
+    while (vectors < kInFlight<T> && count > vectors * kSmallGrid * kStep) vectors *= 2;
+    return vectors * kStep;
+}
+
+// out[i] = f({in[0][i], in[1][i], ...}) for one tile per block, element by element where an array
+// does not begin on 16 bytes (slices).
 template <int Inputs, class T, class F>
 __device__ __forceinline__ void map(T* out, const T* const (&in)[Inputs], long count, F f) {
     constexpr int kVector = Vector<T>::size, kStep = kThreads * kVector, kCount = kInFlight<T>;
     bool aligned = misalignment(out) == 0;
     for (int i = 0; i < Inputs; ++i) aligned = aligned && misalignment(in[i]) == 0;
-    const long first = long(blockIdx.x) * kStep * kCount;
-    const int length = int(min(count - first, long(kStep) * kCount));
+    const int size = tile<T>(count);
+    const long first = long(blockIdx.x) * size;
+    const int length = int(min(count - first, long(size)));
     const int whole = aligned ? length / kVector * kVector : 0;
     const int begin = threadIdx.x * kVector;
     out += first;
@@ -104,16 +116,17 @@ struct SwishWork {
         return by_channel() ? group : (long(group) * sizes.width + column) * kVector;
     }
 
-    // Calls f(offset, run) for each of the thread's runs of up to kVector adjacent elements, which
-    // are positions of one channel, or one position of as many channels; run is Whole or Loose.
-    // Each has a loop of its own: where their values met, halves would be merged one by one, which
-    // waits for every load at once.
-    template <class F>
-    __device__ __forceinline__ void for_each(F f) const {
+    // Calls use(offset, run, load(offset, run)) for each of the thread's runs of up to kVector
+    // adjacent elements, which are positions of one channel, or one position of as many channels;
+    // run is Whole or Loose, of which Ahead whole ones are loaded before the first is used. Each
+    // has a loop of its own: where their values met, halves would be merged one by one, which waits
+    // for every load at once.
+    template <int Ahead, class Load, class Use>
+    __device__ __forceinline__ void for_each(Load load, Use use) const {
         if (aligned) {
-            for_each_run(kVector, [&](long at, int) { f(at, Whole{}); });
+            for_each_run<Ahead>(kVector, [](int) { return Whole{}; }, load, use);
         } else {
-            for_each_run(1, [&](long at, int lanes) { f(at, Loose{lanes}); });
+            for_each_run<1>(1, [](int lanes) { return Loose{lanes}; }, load, use);
         }
     }
 
@@ -139,25 +152,59 @@ struct SwishWork {
         }
     };
 
-    // f(offset, lanes); `step` positions of a channel are a run.
-    template <class F>
-    __device__ __forceinline__ void for_each_run(int step, F f) const {
+    // `step` positions of a channel are a run.
+    template <int Ahead, class Run, class Load, class Use>
+    __device__ __forceinline__ void for_each_run(int step, Run run, Load load, Use use) const {
         if (by_channel()) {
             const long per_row = sizes.inner / step, runs = sizes.outer * per_row;
+            const long first = long(split) * kThreads + threadIdx.x;
             const long stride = long(sizes.splits) * kThreads;
-            for (long i = long(split) * kThreads + threadIdx.x; i < runs; i += stride) {
-                // a 64-bit division is a subroutine: nearly every tensor does with 32 bits
-                const long outer =
-                    runs < (1l << 31) ? unsigned(i) / unsigned(per_row) : i / per_row;
-                f((outer * sizes.channels + group) * sizes.inner + (i - outer * per_row) * step,
-                  step);
-            }
+            // a 64-bit division is a subroutine: nearly every tensor does with 32 bits
+            const bool quick = runs < (1l << 31);
+            const long row = quick ? unsigned(first) / unsigned(per_row) : first / per_row;
+            const long turn = quick ? unsigned(stride) / unsigned(per_row) : stride / per_row;
+            const long plane = sizes.channels * sizes.inner, ahead = stride - turn * per_row;
+            long place = first - row * per_row;  // within its row
+            long at = row * plane + group * sizes.inner + place * step;
+            const auto next = [&] {
+                const long here = at;
+                at += turn * plane + ahead * step, place += ahead;
+                if (place >= per_row) place -= per_row, at += plane - sizes.inner;
+                return here;
+            };
+            each_of<Ahead>(first, runs, stride, next, run(step), load, use);
         } else {
             const long lanes = min(sizes.channels - channel(), long(kVector));
             if (lanes <= 0) return;
-            const long stride = long(sizes.splits) * rows;
-            for (long i = long(split) * rows + row; i < sizes.outer; i += stride)
-                f(i * sizes.channels + channel(), int(lanes));
+            const long first = long(split) * rows + row, stride = long(sizes.splits) * rows;
+            long at = first * sizes.channels + channel();
+            const auto next = [&] {
+                const long here = at;
+                at += stride * sizes.channels;
+                return here;
+            };
+            each_of<Ahead>(first, sizes.outer, stride, next, run(int(lanes)), load, use);
+        }
+    }
+
+    // The runs first, first + stride, ... below end; next() is the offset of each in turn.
+    template <int Ahead, class Next, class Run, class Load, class Use>
+    __device__ __forceinline__ static void each_of(long first, long end, long stride, Next next,
+                                                   Run run, Load load, Use use) {
+        for (; first < end; first += Ahead * stride) {
+            long at[Ahead];
+            decltype(load(0l, run)) loaded[Ahead];
+#pragma unroll
+            for (int k = 0; k < Ahead; ++k) {
+                if (first + k * stride >= end) break;
+                at[k] = next();
+                loaded[k] = load(at[k], run);
+            }
+#pragma unroll
+            for (int k = 0; k < Ahead; ++k) {
+                if (first + k * stride >= end) break;
+                use(at[k], run, loaded[k]);
+            }
         }
     }
 
@@ -196,16 +243,18 @@ struct SwishWork {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) swish_forward_kernel(SwishForward a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+    swish_forward_kernel(SwishForward a) {
     constexpr int kVector = Vector<T>::size;
     T* y = static_cast<T*>(a.y);
     const T* x = static_cast<const T*>(a.x);
     const SwishWork<T> work(a.sizes, misalignment(x) == 0 && misalignment(y) == 0);
     Wide<T> beta[kVector];
     work.load_beta(a.beta, beta);
-    work.for_each([&](long at, auto run) {
+    const auto load = [&](long at, auto run) { return run.load(x + at); };
+    work.template for_each<kInFlight<T>>(load, [&](long at, auto run, const Vector<T>& v) {
         Wide<T> z[kVector];
-        widen(run.load(x + at), z);
+        widen(v, z);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) z[j] *= logistic<T>(beta[j] * z[j]);
         run.store(y + at, narrow<T>(z));
@@ -213,7 +262,7 @@ __global__ void __launch_bounds__(kThreads) swish_forward_kernel(SwishForward a)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) swish_backward_kernel(SwishBackward a) {
+__global__ void __launch_bounds__(kThreads, 3) swish_backward_kernel(SwishBackward a) {
     constexpr int kVector = Vector<T>::size;
     using W = Wide<T>;
     T* dx = static_cast<T*>(a.dx);
@@ -222,11 +271,14 @@ __global__ void __launch_bounds__(kThreads, 2) swish_backward_kernel(SwishBackwa
                             misalignment(x) == 0 && misalignment(dy) == 0 && misalignment(dx) == 0);
     W beta[kVector], sum[kVector] = {};
     work.load_beta(a.beta, beta);
-    work.for_each([&](long at, auto run) {
-        const Vector<T> vx = run.load(x + at), vdy = run.load(dy + at);
+    struct Pair {
+        Vector<T> x, dy;
+    };
+    const auto load = [&](long at, auto run) { return Pair{run.load(x + at), run.load(dy + at)}; };
+    work.template for_each<kInFlight<T> / 2>(load, [&](long at, auto run, const Pair& v) {
         W z[kVector], g[kVector];
-        widen(vx, z);
-        widen(vdy, g);
+        widen(v.x, z);
+        widen(v.dy, g);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
             const Sigmoids<W> sigmoid(beta[j] * z[j]);
@@ -280,8 +332,7 @@ namespace {
 
 template <class T>
 unsigned tiles(long count) {
-    const long tile = long(kThreads) * kInFlight<T> * Vector<T>::size;
-    return unsigned((count + tile - 1) / tile);
+    return unsigned((count + tile<T>(count) - 1) / tile<T>(count));
 }
 
 long vector_size(Dtype dtype) {
@@ -304,12 +355,11 @@ cudaError_t activation_backward(const ActivationBackward& a, Dtype dtype, cudaSt
     });
 }
 
-// Eight blocks of 256 threads fill a multiprocessor; no block gets less than one tile's work.
+// Twelve blocks a multiprocessor, which has three (backward) or four of them (forward) at a time.
 SwishSizes swish_sizes(long outer, long channels, long inner, Dtype dtype, int processors) {
     const long vector = vector_size(dtype);
     SwishSizes s = {outer, channels, inner, 1, 1, 1};
-    constexpr long kPerBlock = kThreads * kInFlight<float>;  // vectors worth a block
-    long work;                                               // vectors in a group
+    long work;  // vectors in a group
     if (inner > 1) {
         s.groups = int(channels);
         work = outer * inner / vector;
@@ -318,8 +368,10 @@ SwishSizes swish_sizes(long outer, long channels, long inner, Dtype dtype, int p
         s.groups = int((channels + s.width * vector - 1) / (s.width * vector));
         work = outer * s.width;
     }
-    const long wanted = (8l * processors + s.groups - 1) / s.groups;
-    const long most = (work + kPerBlock - 1) / kPerBlock;
+    const long wanted = 12l * processors / s.groups;
+    const long each = work * s.groups / (long(processors) * kThreads);
+    const long vectors = each < 1 ? 1 : each < kInFlight<float> ? each : kInFlight<float>;
+    const long most = (work + vectors * kThreads - 1) / (vectors * kThreads);
     s.splits = int(wanted < most ? wanted : most);
     if (s.splits < 1) s.splits = 1;
     return s;

@@ -123,6 +123,18 @@ def layer_norm_bare(rows: int, cols: int, dtype: torch.dtype, given: str) -> Non
         differentiate(lambda x, w, b: functional.layer_norm(x, (cols,), w, b), x, weight, bias)
 
 
+def layer_norm_of_images(
+    channels: int, side: int, dtype: torch.dtype, activation: str | None
+) -> None:
+    """Rows adjacent: the channels of an NCHW image."""
+    x = torch.empty(32, channels, side, side, dtype=dtype).permute(0, 2, 3, 1)
+    weight, bias = (torch.empty(channels, dtype=dtype) for _ in range(2))
+    differentiate(
+        lambda x, w, b: functional.layer_norm(x, (channels,), w, b, activation=activation),
+        x, weight, bias,
+    )  # fmt: skip
+
+
 def weight_norm(shape: tuple[int, ...], dim: int | None, dtype: torch.dtype) -> None:
     kept = [n if i == dim else 1 for i, n in enumerate(shape)]
     g = torch.empty(kept if dim is not None else (), dtype=dtype)
@@ -162,12 +174,13 @@ def jobs(full: bool) -> Iterator[Job]:
                         yield job(synchronised, layout, dtype, activation, aligned=aligned)
                 if full or (layout in ("nchw", "nhwc") and dtype == torch.float32):
                     yield job(mean_only, layout, dtype, training, aligned=aligned)
-            if full or layout in ("nchw", "nhwc"):
+            if full or layout in ("nchw", "nchw-odd", "nhwc"):
                 for per_channel in (True, False):
                     yield job(swish, layout, dtype, per_channel, aligned=aligned)
         for rows, cols in ((8192, 64), (8192, 769), (4096, 1024), (512, 40960), (4, 1 << 18)):
             for activation in fused if full else ("silu",):
-                aligned = cols % 16 == 0
+                # 16-bit rows that begin anywhere are cut at 16 bytes
+                aligned = cols % 16 == 0 or dtype.itemsize == 2
                 yield job(layer_norm, rows, cols, dtype, activation, aligned=aligned)
         for rows, cols in ((4096, 768), (4096, 769), (512, 40960), (4, 1 << 18)):
             if dtype != torch.float32 and (full or dtype == torch.bfloat16):
@@ -177,9 +190,15 @@ def jobs(full: bool) -> Iterator[Job]:
             for rows, cols in ((4096, 1024), (512, 32768), (4, 1 << 18)):
                 for given in ("both", "weight", "none", "frozen"):
                     yield job(layer_norm_bare, rows, cols, dtype, given)
-            # many rows a tile, several rows of several warps, a row of all warps
-            for cols in (96, 512, 8192):
+            # many rows a tile, several rows of several warps, a row of all warps; and the same
+            # of rows that do not begin on 16 bytes
+            for cols in (96, 512, 8192, 65, 257, 500, 4095):
                 yield job(layer_norm_bare, 4096, cols, dtype, "both")
+        if dtype in (torch.float32, torch.bfloat16):
+            # not 192 channels of fp32: ptxas spills 16 bytes of them on sm_100 with 255 registers
+            for channels, side in ((96, 56), (192, 28))[: 1 if dtype == torch.float32 else 2]:
+                for activation in fused if full else (None,):
+                    yield job(layer_norm_of_images, channels, side, dtype, activation)
         for shape, dim in (
             ((512, 1152), 0),
             ((512, 1152), 1),

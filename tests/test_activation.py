@@ -67,6 +67,21 @@ def test_values_and_gradients(backend, name, dtype):
         assert_as_good_as_torch(ours, torchs, {"x": x}, dy, f"{name} {size}")
 
 
+# those of SIZES have one vector a thread: two and four, with a ragged end
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(200_003, torch.float64), (400_001, torch.float32), (800_003, torch.float32)],
+    ids=str,
+)
+def test_several_vectors_a_thread(backend, monkeypatch, size, dtype):
+    if backend == "triton":  # the interpreter takes 5 ms a program
+        monkeypatch.setattr("fastnorm.ops.activation.triton.SMALL_GRID", 0)
+        size //= 50
+    x, dy = torch.randn(2, size, dtype=dtype)
+    ours, torchs = (lambda x: functional.silu(x)), (lambda x: F.silu(x))
+    assert_as_good_as_torch(ours, torchs, {"x": x.requires_grad_()}, dy)
+
+
 # x, y, slope: where a piecewise function switches, both sides of it, and what rounds to nothing
 SWITCHES = {
     "relu": [(0.0, 0.0, 0.0), (-0.0, 0.0, 0.0), (1e-30, 1e-30, 1.0), (-1e-30, 0.0, 0.0)],

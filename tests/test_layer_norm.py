@@ -74,6 +74,39 @@ def test_gradients_of_any_strides(backend):
         agrees(backend, x, (24,), dy=dy)
 
 
+# of 16-bit numbers, on 2, 4 or 8 bytes: many rows a tile, some of them beyond the last, few, one
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype"),
+    [
+        (9, 65, torch.bfloat16),
+        (21, 130, torch.float16),
+        (17, 257, torch.bfloat16),
+        (5, 500, torch.bfloat16),
+        (10, 769, torch.float16),
+    ],
+)
+def test_rows_that_begin_anywhere(rows, columns, dtype):
+    x, residual = randn(rows, columns, dtype=dtype), randn(rows, columns, dtype=dtype, seed=5)
+    agrees("triton", x + 10, (columns,), affine=columns != 65)
+    agrees("triton", x, (columns,), residual=residual, return_sum=True, activation="silu")
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_frozen_parameters_of_rows_that_begin_anywhere(needs):
+    tensors = [randn(*shape, dtype=torch.bfloat16) for shape in ((6, 33), (33,), (33,))]
+    found = []
+    for wants in (needs, (1, 1, 1)):
+        leaves = [t.clone().requires_grad_(bool(n)) for t, n in zip(tensors, wants, strict=True)]
+        with dispatch.backend("triton"):
+            y = layer_norm(leaves[0], (33,), *leaves[1:])
+            y.backward(randn(6, 33, dtype=torch.bfloat16, seed=3))
+        found.append([leaf.grad for leaf in leaves])
+    for frozen, whole in zip(*found, strict=True):
+        assert frozen is None or torch.equal(frozen, whole)
+
+
 @pytest.fixture
 def small_limits(monkeypatch):
     """The forms of long rows on short ones: the interpreter takes 5 ms a program."""

@@ -83,6 +83,29 @@ def test_swish_only_betas_gradient(backend):
     torch.testing.assert_close(found, (x * x * s * (1 - s)).sum(0))
 
 
+# a thread has vectors in several rows of a channel, more than are loaded at once, and some that are
+# not there
+@pytest.mark.parametrize("beta_count", [1, 3])
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels_last"])
+@pytest.mark.parametrize("channels", [3, 16])
+@pytest.mark.skipif(fastnorm.backends()["cuda"] is not None, reason="no CUDA backend here")
+def test_cuda_swish_of_many_vectors_a_thread(beta_count, last, channels):
+    x, dy = torch.randn(2, 70, channels, 4, 101)
+    if last:
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    beta = torch.rand(channels if beta_count > 1 else 1) + 0.5
+    x.requires_grad_(), beta.requires_grad_()
+    with fastnorm.backend("cuda"):
+        y = functional.swish(x, beta)
+        found = torch.autograd.grad(y, (x, beta), dy, retain_graph=True)
+        again = torch.autograd.grad(y, (x, beta), dy)
+    expected = composed(x.double(), beta.double())
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+    gradients = torch.autograd.grad(expected, (x, beta), dy.double())
+    torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-3)
+    assert torch.equal(found[1], again[1]), "not deterministic"
+
+
 def test_swish_gradcheck(backend):
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     for size in (1, 3):

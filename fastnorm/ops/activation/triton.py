@@ -31,19 +31,27 @@ from fastnorm.ops.batch_norm.triton_launch import (
 )
 
 BLOCK_BYTES = 8192  # of one operand: with four warps, four 16-byte loads per thread
+# Fewer blocks than this have one load per thread: four blocks for each multiprocessor of an H100
+# would leave some with twice the work of others.
+SMALL_GRID = 512
 
 
-def _elementwise(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
-    block = BLOCK_BYTES // x.element_size()
+def _elementwise(x: Tensor) -> tuple[tuple[int], tuple[int, bool], dict[str, Any]]:
+    """(grid, sizes, constants)"""
+    numel, block = x.numel(), BLOCK_BYTES // x.element_size()
+    small = numel < SMALL_GRID * block
+    grid = (triton.cdiv(numel, block // 4 if small else block),)
     wide = tl.float64 if x.dtype == torch.float64 else tl.float32
-    grid = (triton.cdiv(x.numel(), block),)
-    return grid, {"WIDE": wide, "BLOCK": block, "num_warps": 4, "enable_fp_fusion": True}
+    constants = {"WIDE": wide, "BLOCK": block, "num_warps": 4, "enable_fp_fusion": True}
+    if wide == tl.float64:  # left to itself, ptxas spills 8 bytes to stay at 64
+        constants["maxnreg"] = 128
+    return grid, (numel, small), constants
 
 
 def _forward(x: Tensor, name: str, y: Tensor) -> None:
     if x.numel() > 0:
-        grid, constants = _elementwise(x)
-        forward_kernel[grid](y, x, x.numel(), VALUE=ACTIVATIONS[name][0], **constants)
+        grid, sizes, constants = _elementwise(x)
+        forward_kernel[grid](y, x, *sizes, VALUE=ACTIVATIONS[name][0], **constants)
 
 
 activation_forward = launch.fills(forward_outputs)(_forward)
@@ -56,8 +64,8 @@ def activation_forward_(x: Tensor, y: Tensor, name: str) -> None:
 @launch.fills(backward_outputs)
 def activation_backward(x: Tensor, dy: Tensor, name: str, dx: Tensor) -> None:
     if x.numel() > 0:
-        grid, constants = _elementwise(x)
-        backward_kernel[grid](dx, x, dy, x.numel(), SLOPE=ACTIVATIONS[name][1], **constants)
+        grid, sizes, constants = _elementwise(x)
+        backward_kernel[grid](dx, x, dy, *sizes, SLOPE=ACTIVATIONS[name][1], **constants)
 
 
 def _as_planes(x: Tensor, beta: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ def swish_backward_kernel(
             own, tl.zeros([CHANNELS], WIDE), count, run, 1, False, 1, CHANNELS, WIDE,
         )  # fmt: skip
         if last:
-            c = group * CHANNELS + tl.arange(0, CHANNELS)
-            tl.store(dbeta_ptr + c, dbeta, mask=c < channels)
+            # a name of its own: in flat rows there are fewer channels than lanes
+            channel = group * CHANNELS + tl.arange(0, CHANNELS)
+            tl.store(dbeta_ptr + channel, dbeta, mask=channel < channels)
             tl.store(counters_ptr + group, 0)

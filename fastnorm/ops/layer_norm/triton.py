@@ -21,6 +21,12 @@ from fastnorm.ops.layer_norm.triton_forward import (
     normalize_long_kernel,
     normalize_ticket_kernel,
 )
+from fastnorm.ops.layer_norm.triton_misaligned import (
+    VEC,
+    backward_misaligned_kernel,
+    cut,
+    normalize_misaligned_kernel,
+)
 from fastnorm.ops.layer_norm.views import dense, in_place, rows_adjacent
 
 # Columns up to which a row lives in registers: forward 32 elements a thread; backward keeps x, dy
@@ -39,8 +45,12 @@ BACKWARD_BYTES, SHORT_ROW, SHORT_ROW_SLOPE = 32, 127, 1024
 HELD_COLS, HELD_COLS_SLOPE = 2048, 1024
 # Of a thread, said explicitly: left to itself the assembler spills a little to reach the next step
 # of occupancy. REGISTERS: 16 warps a processor; REGISTERS_WIDE: 12 in programs of 4, whose tiles of
-# 16-bit rows need them (and transposed ones, and fp64).
+# 16-bit rows need them (and fp64).
 REGISTERS, REGISTERS_WIDE, REGISTER_FILE = 128, 168, 65536
+# Rows of 16-bit numbers that do not begin on 16 bytes: from this many columns on, by the elements
+# that an access of theirs could have, triton_misaligned.py works on their bodies, MISALIGNED
+# elements a thread; the backward on half as many with an activation or outside of these columns.
+LEAST_BODY, MISALIGNED, MISALIGNED_LEAST, MISALIGNED_MOST = 32, 16, 264, 2056
 # Rows a program has at least, where that leaves one for every processor: each writes 8 N bytes of
 # sums for its 6 N bytes (16 bit) a row.
 LEAST_ROWS = 8
@@ -145,7 +155,17 @@ def layer_norm_forward(
     transposed = rows_adjacent(views[0])
     B, S, _ = views[0].shape
     row_align, col_align = _align(views)
-    tile = _tile(N, 16, transposed, 16)
+    if _misaligned(N, col_align, *views):
+        light = residual is None or activation == "identity"
+        tile, phases, tiles = cut(M, N, MISALIGNED, REGISTERS if light else REGISTERS_WIDE)
+        programs = min(tiles, _resident_misaligned(x, tile, phases))
+        normalize_misaligned_kernel[(programs,)](
+            y, total, mean, rstd, views[0], None if residual is None else views[1], weight, bias,
+            *launch.split(eps), M, N, phases, tiles, programs, **tile, **constants,
+        )  # fmt: skip
+        return
+    # of adjacent rows a thread has eight, whose sums it shares with as many others
+    tile = _tile(N, 32 if transposed and x.element_size() == 2 else 16, transposed, 16)
     tiles = triton.cdiv(S, tile["ROWS"])
     normalize_kernel[(B * tiles,)](
         y, total, mean, rstd, views[0], None if residual is None else views[1], weight, bias,
@@ -252,6 +272,19 @@ def _programs(M: int, tiles: int, resident: int, processors: int) -> int:
     return min(resident, tiles, max(processors, -(-M // LEAST_ROWS)))
 
 
+def _misaligned(N: int, col_align: int, *views: Tensor) -> bool:
+    """Whether rows of 16-bit numbers follow each other without beginning on 16 bytes, and are long
+    enough for triton_misaligned.py."""
+    fine = views[0].element_size() == 2 and col_align < VEC and LEAST_BODY * col_align <= N
+    return fine and all(view.size(0) == 1 and view.stride()[1:] == (N, 1) for view in views)
+
+
+def _resident_misaligned(x: Tensor, tile: dict[str, int], phases: int) -> int:
+    """The programs that run at once, as many of each phase."""
+    resident = _resident(launch.processors(x.get_device()), tile["maxnreg"], tile["num_warps"])
+    return max(1, resident // phases) * phases
+
+
 def _parts(
     like: Tensor, spans: int, N: int, *wanted: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -273,6 +306,8 @@ def _backward_short(
     views = in_place(dims, 0 if x.dtype == torch.float64 else BACKWARD_TRANSPOSED_COLS, x, dy)
     B, S, _ = views[0].shape
     row_align, col_align = _align(views)
+    if _misaligned(N, col_align, *views):
+        return _backward_misaligned(views, operands, dx, wants_weight, wants_bias, M, N, constants)
     transposed = any(rows_adjacent(view) for view in views)
     short_row, held = SHORT_ROW, HELD_COLS
     if constants["SLOPE"] is not None:
@@ -283,9 +318,11 @@ def _backward_short(
     elif N <= short_row or col_align * x.element_size() < 16:  # noqa: SIM300
         thread //= 2
     tile = _tile(N, thread, transposed, 8 if transposed else 16)
-    wide = transposed or x.dtype == torch.float64 or (thread == 16 and tile["num_warps"] == 4)
+    wide = x.dtype == torch.float64 or (thread == 16 and tile["num_warps"] == 4)
     most = REGISTER_FILE // (32 * tile["num_warps"])
     tile["maxnreg"] = min(most, REGISTERS_WIDE if wide else REGISTERS)
+    if transposed:  # a program is all that a processor has, with 168 of them too
+        tile["maxnreg"] = 255
     tiles = B * triton.cdiv(S, tile["ROWS"])
     processors = launch.processors(x.get_device())
     resident = _resident(processors, tile["maxnreg"], tile["num_warps"])
@@ -301,6 +338,24 @@ def _backward_short(
         BATCHED=B > 1, HOLD=N <= held and not several,  # noqa: SIM300
         WHOLE=tile["COLS"] == N, **tile, **constants,
     )  # fmt: skip
+    return parts, resident
+
+
+def _backward_misaligned(
+    views: list[Tensor], operands: tuple[Any, ...], dx: Tensor | None,
+    wants_weight: bool, wants_bias: bool, M: int, N: int, constants: dict[str, Any],
+) -> tuple[Tensor | None, int]:  # fmt: skip
+    """The partial parameter gradients, and how many there may be for rows of this length."""
+    light = constants["SLOPE"] is None and MISALIGNED_LEAST <= N < MISALIGNED_MOST
+    thread, registers = (MISALIGNED, REGISTERS_WIDE) if light else (MISALIGNED // 2, REGISTERS)
+    tile, phases, tiles = cut(M, N, thread, registers)
+    resident = _resident_misaligned(views[0], tile, phases)
+    programs = _programs(M, tiles, resident, launch.processors(views[0].get_device()))
+    programs = min(triton.cdiv(programs, phases) * phases, resident)
+    parts, dweight, dbias = _parts(operands[-1], programs, N, wants_weight, wants_bias)
+    backward_misaligned_kernel[(programs,)](
+        dx, dweight, dbias, *views, *operands, M, N, phases, tiles, programs, **tile, **constants
+    )
     return parts, resident
 
 

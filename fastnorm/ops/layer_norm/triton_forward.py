@@ -11,6 +11,7 @@ from fastnorm.ops.layer_norm.triton_tiles import (
     affine,
     inverse_root,
     leave_zero,
+    quotient,
     tile_pointers,
 )
 
@@ -203,11 +204,15 @@ def normalize_kernel(
             )
     v = v.to(WIDE)
     n = N.to(WIDE)
-    mean = tl.sum(v, axis=1) / n
+    share = 1.0 / n
+    mean = quotient(tl.sum(v, axis=1), n, share)
     # masked lanes hold 0, not the mean: without the second where, rows of 769 at mean 1000 get a
     # wrong variance
     centred = tl.where(inside, v - mean[:, None], 0.0)
-    rstd = inverse_root(tl.sum(centred * centred, axis=1) / n, eps, eps_low, WIDE)
+    variance = tl.sum(centred * centred, axis=1) * share
+    rstd = inverse_root(
+        variance, eps, eps_low, x_ptr.dtype.element_ty.primitive_bitwidth == 16, WIDE
+    )
     tl.store(mean_ptr + batch * S + first + row, mean, mask=row_inside)
     tl.store(rstd_ptr + batch * S + first + row, rstd, mask=row_inside)
     col_inside = (col < N)[None, :]
@@ -249,7 +254,7 @@ def normalize_long_kernel(
     mean, m2 = chunk_statistics(
         x_ptr, residual_ptr, None if sum_ptr is None else sum_ptr + row * N, N, BLOCK, WIDE
     )
-    rstd = inverse_root(m2 / N.to(WIDE), eps, eps_low, WIDE)
+    rstd = inverse_root(m2 / N.to(WIDE), eps, eps_low, False, WIDE)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
     normalize_chunk(
@@ -326,7 +331,8 @@ def normalize_ticket_kernel(
                     partial_ptr + row * chunks * 2, chunks, chunk, N, PARTS, WIDE
                 )
                 tl.store(mean_ptr + row, mean)
-                tl.store(rstd_ptr + row, inverse_root(m2 / N.to(WIDE), eps, eps_low, WIDE))
+                rstd = inverse_root(m2 / N.to(WIDE), eps, eps_low, False, WIDE)
+                tl.store(rstd_ptr + row, rstd)
                 tl.debug_barrier()
                 tl.atomic_add(arrivals_ptr, 1, sem="release")
         else:
