@@ -23,8 +23,10 @@ struct LayerNormPlan {
     // chunks
     long chunk, chunks;  // columns of one, and how many a row has
     long lag;            // tiles from the first visit of a tile to the second
+    bool by_columns;     // forward: tiles go through the rows first, then to the next chunk ...
     int group;           // backward: rows of a tile ...
-    long groups, span;   // ... how many groups, and how many of them a tile has when visited again
+    long groups;         // ... how many groups ...
+    long span;           // ... and how many groups, or rows, a tile has when it is visited again
     // backward: the first blocks work, the others finish dweight and dbias
     long workers, parts;  // parts: rows of partial sums
 };

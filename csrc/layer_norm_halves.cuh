@@ -3,46 +3,13 @@
 // instructions per element of forward and 57 of backward; what can differ from launch to launch is
 // therefore decided once per row, or not at all.
 #pragma once
+#include "layer_norm_aligned.cuh"
 #include "layer_norm_backward.cuh"
-#include "layer_norm_forward.cuh"
 
 namespace fastnorm {
 namespace layer_norm {
 
 // ---- pieces -------------------------------------------------------------------------------------
-
-// Over the 2, 4, ... or 32 lanes of a row, or of a row's warps.
-template <int Count>
-__device__ __forceinline__ Sums<Count, float> lane_sum(Sums<Count, float> s, int width) {
-#pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-#pragma unroll
-        for (int i = 0; i < Count; ++i) {
-            const float other = __shfl_xor_sync(kFullWarp, s.v[i], step);
-            if (step < width) s.v[i] += other;
-        }
-    }
-    return s;
-}
-
-template <int Count>
-struct RowTotals {
-    Sums<Count, float> warp[2][kWarp];
-};
-
-// Over the threads of a row, in every row of the block; `turn` is 0 and 1 by turns, so that one
-// barrier a call is enough.
-template <int Count>
-__device__ __forceinline__ Sums<Count, float> row_total(Sums<Count, float> s, int threads,
-                                                        int turn) {
-    s = lane_sum(s, threads);
-    if (threads <= kWarp) return s;
-    auto& shared = block_shared<RowTotals<Count>>();
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = threads / kWarp;
-    if (lane == 0) shared.warp[turn][warp] = s;
-    __syncthreads();
-    return lane_sum(shared.warp[turn][(warp & ~(warps - 1)) + (lane & (warps - 1))], warps);
-}
 
 // A parameter's 16 bytes for the columns from c on; 16 bytes of `missing` where there is none.
 template <class T>
@@ -54,113 +21,6 @@ __device__ __forceinline__ uint4 parameter_words(Array a, int c, bool inside, fl
     if (a.data != nullptr && inside)
         words = *reinterpret_cast<const uint4*>(static_cast<const T*>(a.data) + c);
     return words;
-}
-
-// ---- kernel: forward ----------------------------------------------------------------------------
-
-// x + residual of the vectors of a row, rounded as the sum is returned.
-template <class T, int n>
-__device__ __forceinline__ void add_residual(const LayerNormForward& a, const Part<T>& part,
-                                             long row, const bool (&in)[n], uint4 (&raw)[n]) {
-    const T* residual = row_of<T>(a.residual, row, a.rows, a.batch_rows);
-    T* sum = static_cast<T*>(a.sum) + row * a.cols;
-    uint4 other[n];
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-        if (in[k])
-            other[k] = load_evict_first(reinterpret_cast<const uint4*>(residual + part.column(k)));
-    }
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-        if (!in[k]) continue;
-        float x[Vector<T>::size], y[Vector<T>::size];
-        widen(as_vector<T>(raw[k]), x);
-        widen(as_vector<T>(other[k]), y);
-#pragma unroll
-        for (int j = 0; j < Vector<T>::size; ++j) x[j] += y[j];
-        raw[k] = as_words(narrow<T>(x));
-        if (a.sum != nullptr) store16(reinterpret_cast<uint4*>(sum + part.column(k)), raw[k]);
-    }
-}
-
-// y of a row: (x - mean) * scale + shift is normalised.
-template <class T, class Act, int n>
-__device__ __forceinline__ void finish_row(const LayerNormForward& a, const Part<T>& part, long row,
-                                           const bool (&in)[n], const uint4 (&raw)[n], float mean,
-                                           float scale, float shift) {
-    constexpr int kVector = Vector<T>::size;
-    const Act activation(a.activation);
-    T* y = static_cast<T*>(a.y.data) + row * a.cols;
-    // found again, not kept from the loads
-    uint4 place = {unsigned(part.column(0)), unsigned(part.column(1)), 0, 0};
-    fastnorm::forget(place);
-    const int step = int(place.y - place.x);
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-        if (!in[k]) continue;
-        const int column = int(place.x) + k * step;
-        float x[kVector], w[kVector], b[kVector];
-        widen(as_vector<T>(raw[k]), x);
-        const uint4 weight = parameter_words<T>(a.weight, column, true, 1);
-        const uint4 bias = parameter_words<T>(a.bias, column, true, 0);
-        widen(as_vector<T>(weight), w);
-        widen(as_vector<T>(bias), b);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j)
-            x[j] = activation.template value<T>(((x[j] - mean) * scale + shift) * w[j] + b[j]);
-        store_vector(y + column, narrow<T>(x));
-    }
-}
-
-// A row in the registers of 8 to 512 threads.
-template <class T, class Act>
-__global__ void __launch_bounds__(kForwardThreads, 2) forward_halves_kernel(LayerNormForward a) {
-    constexpr int n = kForwardVectors, kVector = Vector<T>::size;
-    const Part<T> part(a.plan.threads, int(a.cols));
-    const long row = long(blockIdx.x) * part.groups + part.group;
-    const bool exists = row < a.rows;
-    const T* from = row_of<T>(a.x, row, a.rows, a.batch_rows);
-    uint4 raw[n];
-    bool in[n];
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-        in[k] = exists && part.column(k) < part.span;
-        raw[k] = {0, 0, 0, 0};
-        if (in[k]) raw[k] = load_evict_first(reinterpret_cast<const uint4*>(from + part.column(k)));
-    }
-    if (a.residual.data != nullptr) add_residual(a, part, row, in, raw);
-
-    const float share = reciprocal(float(part.span));
-    float x[kVector];  // widened anew each time: 64 registers hold a row only as it came
-    Sums<1, float> sum = {};
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-        widen(as_vector<T>(raw[k]), x);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) sum.v[0] += x[j];
-    }
-    const float mean = row_total(sum, part.threads, 0).v[0] * share;
-    // the distances' sum is not zero, as the mean is rounded: it corrects mean and variance
-    Sums<2, float> s = {};
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-        if (!in[k]) continue;
-        widen(as_vector<T>(raw[k]), x);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-            const float distance = x[j] - mean;
-            s.v[0] += distance;
-            s.v[1] += distance * distance;
-        }
-    }
-    s = row_total(s, part.threads, 1);
-    const float rest = s.v[0] * share, variance = (s.v[1] - s.v[0] * rest) * share;
-    const float rstd = rsqrt((variance < 0.0f ? 0.0f : variance) + float(a.eps));
-    if (part.lane == 0 && exists) {
-        static_cast<float*>(a.mean)[row] = mean + rest;
-        static_cast<float*>(a.rstd)[row] = rstd;
-    }
-    finish_row<T, Act>(a, part, row, in, raw, mean, rstd, -rest * rstd);
 }
 
 // ---- kernel: backward ---------------------------------------------------------------------------
@@ -322,11 +182,6 @@ bool of_type(Array a) {
 }
 
 // Of those that are kFast.
-template <class T>
-bool halves(const LayerNormForward& a) {
-    return !a.plan.ticket && a.y.dtype == dtype_of<T> && of_type<T>(a.weight) && of_type<T>(a.bias);
-}
-
 template <class T>
 bool halves(const LayerNormBackward& a) {
     const bool dense = a.rows == a.batch_rows && a.x.row == a.cols && a.dy.row == a.cols &&

@@ -26,8 +26,9 @@ pytestmark = [
 
 # Rows of more than 64 bytes are cut into chunks of at most 64, groups have at most 3 rows.
 CHUNKS = cuda.Limits(forward=4, backward=4, forward_chunk=4, backward_chunk=4, group=3)
-# And where a group of rows does not stay in L2: the second visits follow all the first.
-IN_TURNS = CHUNKS._replace(group_bytes=0)
+# And where a group of rows, or in the forward a row, does not stay in L2: the second visits follow
+# all the first.
+IN_TURNS = CHUNKS._replace(group_bytes=0, row_bytes=0, shared_rows=2)
 FORMS = {"rows": cuda.Limits(), "chunks": CHUNKS, "in turns": IN_TURNS}
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -147,12 +148,12 @@ def test_absent_and_frozen(form: str, affine: tuple[bool, bool], frozen: tuple[s
         check(torch.randn(20, cols), affine=affine, frozen=frozen, activation=activation)
 
 
-# kernels of 16-bit rows: more rows than a worker has at a time, rows that share
+# kernels of aligned rows: more rows than a worker has at a time, rows that share
 # a block, that are one and that end within a warp; dsum, sums nobody wants, no parameters
 @pytest.mark.parametrize("activation", ["identity", "silu", "gelu"])
 @pytest.mark.parametrize("cols", [40, 512, 1032])
-@pytest.mark.parametrize("dtype", HALVES)
-def test_halves(cols: int, dtype: torch.dtype, activation: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_aligned(cols: int, dtype: torch.dtype, activation: str) -> None:
     x = (torch.randn(70, cols) + 3).to(dtype)
     other = torch.randn(x.shape).to(dtype)
     check(x, activation=activation)
@@ -281,8 +282,8 @@ def test_the_rule() -> None:
     def shape(rows: int, cols: int, size: int) -> cuda.Shape:
         return cuda.Shape(rows, rows, cols, size, 0, 132)
 
-    assert not cuda.forward_plan(shape(4096, 16384, 2), cuda.LIMITS).ticket
-    assert cuda.forward_plan(shape(4096, 16392, 2), cuda.LIMITS).ticket
+    assert not cuda.forward_plan(shape(4096, 16384, 2), 2, cuda.LIMITS).ticket
+    assert cuda.forward_plan(shape(4096, 16392, 2), 2, cuda.LIMITS).ticket
     assert not cuda.backward_plan(shape(4096, 8192, 2), 2, True, 2, cuda.LIMITS).ticket
     long = cuda.backward_plan(shape(4096, 8200, 2), 2, True, 2, cuda.LIMITS)
     assert long.ticket
@@ -293,6 +294,34 @@ def test_the_rule() -> None:
     huge = cuda.backward_plan(shape(16, 1 << 22, 4), 4, True, 2, cuda.LIMITS)
     assert huge.span == huge.groups
     assert huge.parts == 1
+
+
+def test_the_rule_of_huge_rows() -> None:
+    """Which rows are normalised after the statistics of all: parameters are then read once."""
+
+    def by_columns(rows: int, cols: int, size: int, parameters: int = 2) -> bool:
+        shape = cuda.Shape(rows, rows, cols, size, 0, 132)
+        return bool(cuda.forward_plan(shape, parameters, cuda.LIMITS).by_columns)
+
+    assert not by_columns(4096, 65536, 2), "L2 holds a row and its parameters"
+    # KernelBench's: 16.8 MB of x and 33.5 of parameters a row in fp32, half of that in bf16
+    assert by_columns(16, 1 << 22, 4)
+    assert not by_columns(16, 1 << 22, 2)
+    assert not by_columns(16, 1 << 22, 4, parameters=0)
+    # x three times and parameters once are more than twice and twice
+    assert not by_columns(2, 1 << 22, 4)
+    # a row that L2 does not hold is read twice whatever the order
+    assert by_columns(2, 1 << 23, 4, parameters=0)
+    assert not by_columns(1, 1 << 23, 4)
+    plan = cuda.forward_plan(cuda.Shape(18, 18, 1 << 22, 4, 0, 132), 2, cuda.LIMITS)
+    assert (plan.chunks, plan.lag, plan.span) == (1024, 18 * 1024, 4)
+    assert plan.blocks == 18 * 1024 + 5 * 1024
+
+
+def test_blocks_of_backward() -> None:
+    def shape(rows: int, cols: int, size: int) -> cuda.Shape:
+        return cuda.Shape(rows, rows, cols, size, 0, 132)
+
     for rows in (1, 100, 1 << 20):
         plan = cuda.backward_plan(shape(rows, 768, 2), 2, True, 2, cuda.LIMITS)
         assert 1 <= plan.workers <= min(plan.tiles, 2 * 132)

@@ -34,6 +34,10 @@ class Limits(NamedTuple):
     group: int = 32
     least_group: int = 4
     group_bytes: int = 16 << 20
+    # What L2 keeps of a row of the forward and of the parameters beside it, and how many rows share
+    # parameters where it does not.
+    row_bytes: int = 28 << 20
+    shared_rows: int = 4
     # Columns of matrices whose rows are adjacent, up to which a tile of whole rows is turned round
     # in that much shared memory.
     transposed_cols: int = 1024
@@ -98,15 +102,30 @@ def _chunked(shape: Shape, chunk: int) -> dict[str, int]:
     return {"ticket": 1, "block": 256, "chunk": chunk, "chunks": -(-shape.cols // chunk)}
 
 
-def forward_plan(shape: Shape, limits: Limits) -> Any:
+def _by_columns(shape: Shape, parameters: int, limits: Limits) -> bool:
+    """Whether less moves if all statistics come first: x is read twice, but each parameter once."""
+    row, ahead = shape.cols * shape.size, shape.processors * limits.forward_chunk * 16
+    if row + ahead > limits.row_bytes:  # read twice anyway
+        return shape.rows > 1
+    # L2 keeps the row, but not the parameters too, which are read again for every row
+    again = parameters * (shape.rows - 1)
+    return (1 + parameters) * row + ahead > limits.row_bytes and again > shape.rows
+
+
+def forward_plan(shape: Shape, parameters: int, limits: Limits) -> Any:
     """The rule of the forward: whole rows in registers as long as they fit, else chunks."""
     if in_registers(shape.cols, shape.size, limits, backward=False):
         fields = _whole_rows(shape, 4, 256 if shape.transposed else 128, limits)
         return _plan(**fields, blocks=fields["tiles"] * _batches(shape))
     fields = _chunked(shape, limits.forward_chunk)
+    chunks = fields["chunks"]
+    if _by_columns(shape, parameters, limits):
+        lag, span = shape.rows * chunks, limits.shared_rows
+        blocks = lag + chunks * -(-shape.rows // span)
+        return _plan(**fields, by_columns=1, lag=lag, span=span, blocks=blocks)
     # as many tiles apart as are under way at once, so that no block waits for long
-    lag = fields["chunks"] - 1 + shape.processors
-    return _plan(**fields, lag=lag, blocks=shape.rows * fields["chunks"] + lag)
+    lag = chunks - 1 + shape.processors
+    return _plan(**fields, lag=lag, span=1, blocks=shape.rows * chunks + lag)
 
 
 def _batches(shape: Shape) -> int:
@@ -186,14 +205,16 @@ class Cut(NamedTuple):
 
 
 class Wants(NamedTuple):
-    """Gradients: of x?, and how many of parameters."""
+    """What a pass is for, beside its tensors: how many parameters the forward has, or of how many
+    the backward gives gradients, and whether of x too."""
 
-    dx: bool
+    backward: bool
     parameters: int
+    dx: bool = False
 
 
 def _cut_views(
-    views: Sequence[Tensor], device: int, wants: Wants | None, limits: Limits, copied: bool
+    views: Sequence[Tensor], device: int, wants: Wants, limits: Limits, copied: bool
 ) -> Cut:
     x, beside = views[0], views[-1]
     shape = Shape(
@@ -204,8 +225,8 @@ def _cut_views(
         transposed=sum(map(rows_adjacent, views)),
         processors=launch.processors(device),
     )
-    if wants is None:
-        plan = forward_plan(shape, limits)
+    if not wants.backward:
+        plan = forward_plan(shape, wants.parameters, limits)
     else:
         plan = backward_plan(shape, beside.element_size(), wants.dx, wants.parameters, limits)
     strides = (x.stride(), beside.stride())
@@ -215,7 +236,7 @@ def _cut_views(
 
 @functools.lru_cache(maxsize=4096)
 def _cut(
-    dims: int, wants: Wants | None, limits: Limits, device: int, shape: torch.Size, *layouts: Any
+    dims: int, wants: Wants, limits: Limits, device: int, shape: torch.Size, *layouts: Any
 ) -> Cut:
     """How kernels read tensors of one shape and these strides and dtypes, one after the other.
     Decided on tensors without data: shapes and strides are all that a call looks at."""
@@ -228,7 +249,7 @@ def _cut(
         else torch.empty_strided(shape, strides, dtype=dtype, device="meta")
         for strides, dtype in zip(layouts[::2], layouts[1::2], strict=True)
     ]
-    views = _views(dims, wants is not None, limits, tensors)
+    views = _views(dims, wants.backward, limits, tensors)
     copied = any(
         view.untyped_storage()._cdata != x.untyped_storage()._cdata
         for x, view in zip(tensors, views, strict=True)
@@ -236,10 +257,10 @@ def _cut(
     return _cut_views(views, device, wants, limits, copied)
 
 
-def _copies(dims: int, wants: Wants | None, *tensors: Tensor | None) -> tuple[Any, Any, Cut]:
+def _copies(dims: int, wants: Wants, *tensors: Tensor | None) -> tuple[Any, Any, Cut]:
     """x and the tensor beside it as kernels can read them, and what they see of them."""
     there = [t for t in tensors if t is not None]
-    views = _views(dims, wants is not None, LIMITS, there)
+    views = _views(dims, wants.backward, LIMITS, there)
     cut = _cut_views(views, views[0].get_device(), wants, LIMITS, True)
     return views[0], views[1] if len(views) > 1 else None, cut
 
@@ -258,7 +279,8 @@ def layer_norm_forward(
     layouts: tuple[Any, ...] = (None if x.is_contiguous() else x.stride(), x.dtype)
     if residual is not None:
         layouts += (residual.stride(), residual.dtype)
-    cut = _cut(dims, None, LIMITS, x.get_device(), x.shape, *layouts)
+    wants = Wants(False, (weight is not None) + (bias is not None))
+    cut = _cut(dims, wants, LIMITS, x.get_device(), x.shape, *layouts)
     outputs = outputs_of_rows(x, cut.shape.rows, dtype, want_sum)
     y, statistics, total = outputs
     if cut.plan is None:
@@ -266,7 +288,7 @@ def layer_norm_forward(
         statistics[1].fill_(math.nan)
         return outputs
     if cut.copied:
-        x, residual, cut = _copies(dims, None, x, residual)
+        x, residual, cut = _copies(dims, wants, x, residual)
     shape, view, plan, ticket, _ = cut
     partials = counters = None
     if ticket:
@@ -304,7 +326,7 @@ def layer_norm_backward(
         dy = dy.to(x.dtype)
     if dy.dtype != x.dtype:  # tiles are turned round in the dtype of x
         dy = dy.contiguous()
-    wants = Wants(dx is not None, wanted)
+    wants = Wants(True, wanted, dx is not None)
     layouts = (x.stride(), x.dtype, dy.stride(), dy.dtype)
     cut = _cut(dims, wants, LIMITS, x.get_device(), x.shape, *layouts)
     if cut.copied:
