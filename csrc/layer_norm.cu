@@ -24,9 +24,9 @@ cudaError_t layer_norm_forward(const LayerNormForward& a, Dtype dtype, cudaStrea
             a.plan.ticket ? forward_ticket_kernel<T> : forward_rows_kernel<T>;
         if constexpr (sizeof(T) < 8) {
             if (aligned<T>(a)) {
-                kernel = a.plan.ticket                          ? forward_aligned_ticket_kernel<T>
-                         : a.activation == Activation::identity ? forward_aligned_kernel<T, false>
-                                                                : forward_aligned_kernel<T, true>;
+                kernel = a.plan.ticket ? forward_aligned_ticket_kernel<T>
+                                       : forward_aligned_kernel<T, false>;
+                if (!a.plan.ticket && plain<T>(a)) kernel = forward_aligned_kernel<T, true>;
             }
         }
         return launch(kernel, unsigned(a.plan.blocks), a.plan.block, a.plan.shared_bytes, stream,

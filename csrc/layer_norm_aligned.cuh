@@ -58,14 +58,14 @@ struct Words {
 };
 
 // Those of a parameter from column c on; of T's `missing` where there is none. All is loaded before
-// any of it is looked at.
-template <class T>
+// any of it is looked at. kPlain: it is known to be of T.
+template <class T, bool kPlain = false>
 __device__ __forceinline__ Words load_parameter(Array a, long c, bool inside, float missing) {
     Vector<T> v;
 #pragma unroll
     for (int j = 0; j < Vector<T>::size; ++j) v.v[j] = static_cast<T>(missing);
     Words words = {as_words(v), {0, 0, 0, 0}};
-    const bool wide = wider<T>(a);
+    const bool wide = !kPlain && wider<T>(a);
     const char* p = static_cast<const char*>(a.data) + c * (wide ? 4 : int(sizeof(T)));
     if (a.data != nullptr && inside) words.low = *reinterpret_cast<const uint4*>(p);
     if (wide && inside) words.high = *reinterpret_cast<const uint4*>(p + 16);
@@ -86,10 +86,10 @@ __device__ __forceinline__ void widen_words(const Words& words, bool wide,
 }
 
 // kOnce: evict first.
-template <bool kOnce, class T>
+template <bool kOnce, bool kPlain, class T>
 __device__ __forceinline__ void store_aligned(Array a, long at,
                                               const float (&values)[Vector<T>::size]) {
-    if (!wider<T>(a)) {
+    if (kPlain || !wider<T>(a)) {
         T* p = static_cast<T*>(a.data) + at;
         const Vector<T> v = narrow<T>(values);
         return kOnce ? store_vector_once(p, v) : store_vector(p, v);

@@ -94,26 +94,35 @@ __device__ __forceinline__ Deviations deviations(const Part<T>& part, const Held
     return {mean, rest, m2 < 0.0f ? 0.0f : m2};
 }
 
+// Whether what most models have is all there is: parameters and y of the dtype of x, no activation.
+// Its code is apart (kPlain), as it is a third shorter.
+template <class T>
+__host__ __device__ __forceinline__ bool plain(const LayerNormForward& a) {
+    return a.activation == Activation::identity && a.y.dtype == dtype_of<T> &&
+           (a.weight.data == nullptr || a.weight.dtype == dtype_of<T>) &&
+           (a.bias.data == nullptr || a.bias.dtype == dtype_of<T>);
+}
+
 // y of one vector of a row: (x - mean) * scale + shift is normalised.
-template <bool kOnce, bool kActivates, class T>
+template <bool kOnce, bool kPlain, class T>
 __device__ __forceinline__ void finish_vector(const LayerNormForward& a, long row, long column,
                                               const uint4& raw, float mean, float scale,
                                               float shift) {
     constexpr int kVector = Vector<T>::size;
     float x[kVector], w[kVector], b[kVector];
-    const Words weight = load_parameter<T>(a.weight, column, true, 1);
-    const Words bias = load_parameter<T>(a.bias, column, true, 0);
+    const Words weight = load_parameter<T, kPlain>(a.weight, column, true, 1);
+    const Words bias = load_parameter<T, kPlain>(a.bias, column, true, 0);
     widen(as_vector<T>(raw), x);
-    widen_words<T>(weight, wider<T>(a.weight), w);
-    widen_words<T>(bias, wider<T>(a.bias), b);
+    widen_words<T>(weight, !kPlain && wider<T>(a.weight), w);
+    widen_words<T>(bias, !kPlain && wider<T>(a.bias), b);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) x[j] = ((x[j] - mean) * scale + shift) * w[j] + b[j];
-    if constexpr (kActivates) activate<T>(a.activation, x);
-    store_aligned<kOnce, T>(a.y, row * a.cols + column, x);
+    if constexpr (!kPlain) activate<T>(a.activation, x);
+    store_aligned<kOnce, kPlain, T>(a.y, row * a.cols + column, x);
 }
 
 // y of a row from column `begin` on.
-template <bool kOnce, bool kActivates, class T, int n>
+template <bool kOnce, bool kPlain, class T, int n>
 __device__ __forceinline__ void finish_row(const LayerNormForward& a, const Part<T>& part, long row,
                                            long begin, Held<T, n>& held, float mean, float scale,
                                            float shift) {
@@ -121,27 +130,27 @@ __device__ __forceinline__ void finish_row(const LayerNormForward& a, const Part
     uint4 place = {unsigned(part.column(0)), unsigned(part.column(1)), 0, 0};
     fastnorm::forget(place);
     const int step = int(place.y - place.x);
-    if constexpr (kActivates) {
+    if constexpr (kPlain) {
+#pragma unroll
+        for (int k = 0; k < n; ++k) {
+            if (held.in[k])
+                finish_vector<kOnce, true, T>(a, row, begin + (int(place.x) + k * step),
+                                              held.raw[k], mean, scale, shift);
+        }
+    } else {
         // vector after vector through the first one's registers: the code of all activations once
         const int end = held.in[0] ? min(part.span, n * step) : 0;
 #pragma unroll 1
         for (int column = int(place.x); column < end; column += step) {
-            finish_vector<kOnce, true, T>(a, row, begin + column, held.raw[0], mean, scale, shift);
+            finish_vector<kOnce, false, T>(a, row, begin + column, held.raw[0], mean, scale, shift);
             held.rotate();
-        }
-    } else {
-#pragma unroll
-        for (int k = 0; k < n; ++k) {
-            if (held.in[k])
-                finish_vector<kOnce, false, T>(a, row, begin + (int(place.x) + k * step),
-                                               held.raw[k], mean, scale, shift);
         }
     }
 }
 
 // ---- kernel: a row in the registers of 8 to 512 threads -----------------------------------------
 
-template <class T, bool kActivates>
+template <class T, bool kPlain>
 __global__ void __launch_bounds__(kForwardThreads, 2) forward_aligned_kernel(LayerNormForward a) {
     const Part<T> part(a.plan.threads, int(a.cols));
     const long row = long(blockIdx.x) * part.groups + part.group;
@@ -160,7 +169,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2) forward_aligned_kernel(Lay
         static_cast<float*>(a.mean)[row] = d.mean + d.rest;
         static_cast<float*>(a.rstd)[row] = rstd;
     }
-    finish_row<false, kActivates>(a, part, row, 0, held, d.mean, rstd, -d.rest * rstd);
+    finish_row<false, kPlain>(a, part, row, 0, held, d.mean, rstd, -d.rest * rstd);
 }
 
 // ---- kernel: a row cut into chunks, see forward_ticket_kernel -----------------------------------
@@ -202,10 +211,10 @@ __device__ __forceinline__ void normalize_rows(const LayerNormForward& a, unsign
                                     nullptr);
         const float mean = static_cast<const float*>(a.mean)[row];
         const float rstd = static_cast<const float*>(a.rstd)[row];
-        if (a.activation == Activation::identity)
-            finish_row<true, false>(a, part, row, begin, held, mean, rstd, 0.0f);
-        else
+        if (plain<T>(a))
             finish_row<true, true>(a, part, row, begin, held, mean, rstd, 0.0f);
+        else
+            finish_row<true, false>(a, part, row, begin, held, mean, rstd, 0.0f);
     }
 }
 

@@ -215,8 +215,6 @@ __device__ __forceinline__ void load_columns(Array a, long c, int rest, Wide<T> 
     }
 }
 
-using Identity = Fixed<activations::identity>;
-
 // z becomes the activation's value; one switch for all lanes of a vector.
 template <class T, int n>
 __device__ __forceinline__ void activate(Activation which, Wide<T> (&z)[n]) {

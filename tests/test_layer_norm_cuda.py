@@ -25,17 +25,24 @@ pytestmark = [
 ]
 
 # Rows of more than 64 bytes are cut into chunks of at most 64, groups have at most 3 rows.
-CHUNKS = cuda.Limits(forward=4, backward=4, forward_chunk=4, backward_chunk=4, group=3)
+CHUNKS = cuda.Limits(
+    forward=4, backward=4, forward_chunk=4, backward_chunk=4, group=3, stream_chunk=0
+)
 # And where a group of rows, or in the forward a row, does not stay in L2: the second visits follow
 # all the first.
 IN_TURNS = CHUNKS._replace(group_bytes=0, row_bytes=0, shared_rows=2)
-FORMS = {"rows": cuda.Limits(), "chunks": CHUNKS, "in turns": IN_TURNS}
+# Rows of more than 64 bytes and up to 2048 are shared by up to 4 blocks, which keep their chunks;
+# with 16 processors, whose 32 blocks are more than some devices hold.
+STREAMS = CHUNKS._replace(stream_chunk=32, stream_lag=2)
+FORMS = {"rows": cuda.Limits(), "chunks": CHUNKS, "in turns": IN_TURNS, "streams": STREAMS}
 HALVES = (torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(cuda, "LIMITS", FORMS[request.param])
+    if request.param == "streams":
+        monkeypatch.setattr(launch, "processors", lambda device: 16)
     return str(request.param)
 
 
@@ -285,15 +292,26 @@ def test_the_rule() -> None:
     assert not cuda.forward_plan(shape(4096, 16384, 2), 2, cuda.LIMITS).ticket
     assert cuda.forward_plan(shape(4096, 16392, 2), 2, cuda.LIMITS).ticket
     assert not cuda.backward_plan(shape(4096, 8192, 2), 2, True, 2, cuda.LIMITS).ticket
+    # blocks that keep their chunks, as many as are resident: rows of 3, and of 33 at most
     long = cuda.backward_plan(shape(4096, 8200, 2), 2, True, 2, cuda.LIMITS)
     assert long.ticket
-    assert long.span == 1
-    # 2 * 132 blocks at 5 chunks a row: not one row of sums for each of 128 groups
-    assert (long.groups, long.chunks, long.parts) == (128, 5, 53)
+    assert long.streams
+    assert (long.chunks, long.chunk, long.parts, long.workers) == (3, 2752, 88, 264)
+    assert cuda.backward_plan(shape(4096, 33 * 4096, 2), 2, True, 2, cuda.LIMITS).streams
+    # a few rows are cut finer, so that there is work for all
+    assert cuda.backward_plan(shape(8, 32768, 2), 2, True, 2, cuda.LIMITS).workers == 8 * 32
+    # dy of another dtype, and rows that too many blocks would share: two visits by tickets
+    long = cuda.backward_plan(shape(4096, 8200, 2), 4, True, 2, cuda.LIMITS)
+    assert (long.streams, long.span, long.groups, long.chunks, long.parts) == (0, 1, 683, 5, 53)
+    longer = cuda.backward_plan(shape(4096, 1 << 18, 2), 2, True, 2, cuda.LIMITS)
+    assert (longer.streams, longer.span, longer.chunks) == (0, 1, 128)
+    # what is read between its two visits: x and dy of 523 tiles
+    assert 523 * longer.group * longer.chunk * 4 < 24 << 20
     # a row of KernelBench's, 16 MB of x and as much of dy: L2 does not hold a group of them
     huge = cuda.backward_plan(shape(16, 1 << 22, 4), 4, True, 2, cuda.LIMITS)
     assert huge.span == huge.groups
-    assert huge.parts == 1
+    assert huge.parts == 0
+    assert huge.blocks == huge.workers
 
 
 def test_the_rule_of_huge_rows() -> None:

@@ -25,15 +25,21 @@ class Limits(NamedTuple):
     # forward, in the backward 2 (fp64: 1) of x and dy and the sums of dweight and dbias.
     forward: int = 2048
     backward: int = 1024
-    # Chunks of longer rows, of 256 threads.
+    # Chunks of longer rows, of 256 threads; in the backward those of streams of rows, which blocks
+    # keep (0: there are no streams), and those of rows in two visits.
     forward_chunk: int = 1024
+    stream_chunk: int = 512
     backward_chunk: int = 256
-    # Rows of a tile of chunks in the backward, and the bytes up to which such a group of whole rows
-    # is found in L2 when it is read again; where not even `least_group` rows are, the two phases
-    # follow each other.
+    # Streams: rows between the visits of one, and which part of the processors (2 blocks each) may
+    # have blocks that wait for each other: a small one, so that some such launches at once cannot
+    # take each other's place for ever.
+    stream_lag: int = 4
+    stream_share: int = 4
+    # Rows of a tile of chunks in the backward, and the bytes of x and dy between two visits that
+    # L2 keeps; where not even `least_group` rows are so few, the two phases follow each other.
     group: int = 32
     least_group: int = 4
-    group_bytes: int = 16 << 20
+    group_bytes: int = 24 << 20
     # What L2 keeps of a row of the forward and of the parameters beside it, and how many rows share
     # parameters where it does not.
     row_bytes: int = 28 << 20
@@ -97,8 +103,13 @@ def _whole_rows(shape: Shape, each: int, block: int, limits: Limits) -> dict[str
     }
 
 
-def _chunked(shape: Shape, chunk: int) -> dict[str, int]:
-    chunk *= 16 // shape.size
+def _chunked(shape: Shape, most: int, least: int = 1) -> dict[str, int]:
+    """Chunks of at most `most` vectors of a row, and at least that many of them; even ones, whole
+    lines of 128 bytes."""
+    vectors = -(-shape.cols * shape.size // 16)
+    line = min(8, most)
+    chunk = -(-vectors // max(-(-vectors // most), least))
+    chunk = -(-chunk // line) * line * 16 // shape.size
     return {"ticket": 1, "block": 256, "chunk": chunk, "chunks": -(-shape.cols // chunk)}
 
 
@@ -154,9 +165,15 @@ def backward_plan(shape: Shape, dy_size: int, wants_dx: bool, wanted: int, limit
                 fields["shared_bytes"], groups * shape.cols * max(shape.size, 4)
             )
         return _plan(**fields, workers=workers, parts=workers, blocks=workers + finishers)
+    if limits.stream_chunk and shape.size < 8 and dy_size == shape.size:
+        plan = _streams(shape, wants_dx, finishers, limits)
+        if plan is not None:
+            return plan
     fields = _chunked(shape, limits.backward_chunk)
     chunks = fields["chunks"]
-    group = limits.group_bytes // (shape.cols * (shape.size + dy_size))
+    # between two visits: the tiles of the lag below, and two for each processor under way
+    between = chunks - 1 + 3 * shape.processors
+    group = limits.group_bytes // (between * fields["chunk"] * (shape.size + dy_size))
     in_turns = group < min(limits.least_group, shape.rows)
     if in_turns:
         group = limits.group
@@ -172,9 +189,28 @@ def backward_plan(shape: Shape, dy_size: int, wants_dx: bool, wanted: int, limit
     workers = lag + tiles
     # as many rows of sums as blocks are at one chunk at a time, two on each processor
     parts = min(groups // span, -(-2 * shape.processors // chunks))
+    if span == groups:  # a tile has all rows, and nothing is left to finish
+        parts = finishers = 0
     return _plan(
         **fields, group=group, groups=groups, span=span, lag=lag, workers=workers, parts=parts,
         blocks=workers + finishers,
+    )  # fmt: skip
+
+
+def _streams(shape: Shape, wants_dx: bool, finishers: int, limits: Limits) -> Any:
+    """The plan of blocks that keep a chunk of the columns for a stream of rows, all of them
+    resident; None where a row would need too many. Few rows are cut finer."""
+    resident, most = 2 * shape.processors, max(shape.processors // limits.stream_share, 2)
+    least = min(most, resident // shape.rows, shape.cols * shape.size // 1024)
+    fields = _chunked(shape, limits.stream_chunk, max(least, 1))
+    chunks = fields["chunks"]
+    if chunks > most:
+        return None
+    streams = min(resident // chunks, shape.rows)
+    return _plan(
+        **fields, streams=1, parts=streams, workers=streams * chunks,
+        lag=limits.stream_lag if wants_dx else 0, blocks=streams * chunks + finishers,
+        shared_bytes=2 * 2 * 256 * 16 // shape.size * 4,
     )  # fmt: skip
 
 
@@ -334,12 +370,15 @@ def layer_norm_backward(
     shape, plan = cut.shape, cut.plan
     wide, M, N = wide_dtype(x), shape.rows, shape.cols
     parts = partials = totals = counters = None
-    if wanted:
+    if wanted and plan.parts:
         parts = torch.empty((wanted, plan.parts, N), dtype=wide, device=x.device)
     if plan.ticket and dx is not None:
         partials = torch.empty((M, plan.chunks, 2), dtype=wide, device=x.device)
-        totals = torch.empty((M, 2), dtype=wide, device=x.device)
-    if wanted or plan.ticket:
+        if not plan.streams:
+            totals = torch.empty((M, 2), dtype=wide, device=x.device)
+    if plan.streams:
+        counters = launch.counters(x, 3 + M)
+    elif wanted or plan.ticket:
         sums = plan.parts * plan.chunks if wanted else 0
         counters = launch.counters(x, 3 + plan.groups + sums)
     dsum = None if dsum is None else dsum.contiguous()
