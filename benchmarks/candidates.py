@@ -139,6 +139,10 @@ KNOBS: dict[tuple[str, str], tuple[Knob, ...]] = {
         Knob("LIMITS.forward_chunk", _LAYER_NORM_CUDA, (512, 1024, 2048), FORWARD),
         Knob("LIMITS.backward_chunk", _LAYER_NORM_CUDA, (256, 512, 1024), BACKWARD),
         Knob("LIMITS.group", _LAYER_NORM_CUDA, (8, 16, 32), BACKWARD),
+        # longer rows: whose blocks keep their columns, and whose parameters stay in L2
+        Knob("LIMITS.stream_chunk", _LAYER_NORM_CUDA, (0, 256, 512), BACKWARD),
+        Knob("LIMITS.stream_lag", _LAYER_NORM_CUDA, (2, 4, 8), BACKWARD),
+        Knob("LIMITS.row_bytes", _LAYER_NORM_CUDA, (1, 28 << 20, 1 << 40), FORWARD),
     ),
 }
 

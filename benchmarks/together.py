@@ -24,8 +24,15 @@ PLANES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("nlc", (3, 72, 810)),
     ("rows", (2403, 72)),
 )
-# two phases that follow each other, as where L2 has no room for a group of rows
-_IN_TURNS = Knob("LIMITS.group_bytes", "fastnorm.ops.layer_norm.cuda", (1,))
+# rows visited twice by tickets, not by blocks that keep their chunks; and two phases that follow
+# each other, as where L2 has no room for a row (forward) or a group of rows
+_LIMITS = "fastnorm.ops.layer_norm.cuda"
+_TICKETS = Knob("LIMITS.stream_chunk", _LIMITS, (0,))
+_IN_TURNS = (
+    _TICKETS,
+    Knob("LIMITS.group_bytes", _LIMITS, (1,)),
+    Knob("LIMITS.row_bytes", _LIMITS, (1,)),
+)
 ROWS: tuple[tuple[str, tuple[int, ...], str, str], ...] = (
     ("plain", (5, 20011), "rows", "bfloat16"),
     ("residual", (5, 24576), "rows", "float32"),
@@ -64,7 +71,8 @@ def on_cuda() -> Iterator[Together]:
         problem = Problem("layer_norm", variant, shape, layout, dtype)
         yield problem, (), ()
         if shape == (56, 20000):
-            yield problem, (_IN_TURNS,), ((_IN_TURNS.name, 1),)
+            yield problem, (_TICKETS,), ((_TICKETS.name, 0),)
+            yield problem, _IN_TURNS, tuple((knob.name, knob.values[0]) for knob in _IN_TURNS)
     yield SWISH, (), ()
     for variant, shape, dtype in WEIGHTS:
         yield Problem("weight_norm", variant, shape, "flat", dtype), (), ()

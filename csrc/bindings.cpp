@@ -295,6 +295,8 @@ void bind_layer_norm(py::module_& m) {
         .def_readwrite("chunk", &Plan::chunk)
         .def_readwrite("chunks", &Plan::chunks)
         .def_readwrite("lag", &Plan::lag)
+        .def_readwrite("by_columns", &Plan::by_columns)
+        .def_readwrite("streams", &Plan::streams)
         .def_readwrite("group", &Plan::group)
         .def_readwrite("groups", &Plan::groups)
         .def_readwrite("span", &Plan::span)

@@ -23,10 +23,14 @@ struct LayerNormPlan {
     // chunks
     long chunk, chunks;  // columns of one, and how many a row has
     long lag;            // tiles from the first visit of a tile to the second
+    bool by_columns;     // forward: tiles go through the rows first, then to the next chunk ...
     int group;           // backward: rows of a tile ...
-    long groups, span;   // ... how many groups, and how many of them a tile has when visited again
+    long groups;         // ... how many groups ...
+    long span;           // ... and how many groups, or rows, a tile has when it is visited again
+    bool streams;        // backward: each block keeps its chunk; span, group have no use
     // backward: the first blocks work, the others finish dweight and dbias
-    long workers, parts;  // parts: rows of partial sums
+    // parts: rows of partial sums; streams, where there are some; 0: tiles that have all rows
+    long workers, parts;
 };
 
 struct LayerNormForward {
@@ -55,15 +59,16 @@ struct LayerNormBackward {
     Rows x;         // [rows, cols]
     Rows dy;        // [rows, cols], dtype of x, or fp32 where x is narrower
     Dtype dy_dtype;
-    const void* dsum;    // [rows, cols], added to dx, or null
-    Array weight;        // [cols], or null
-    Array bias;          // [cols], or null
-    const void* mean;    // [rows], wide
-    const void* rstd;    // [rows], wide
-    void* parts;         // [wanted of dweight and dbias, parts, cols], wide
-    void* partials;      // chunks: [rows, chunks, 2], wide: of the sums of g and g * x_hat ...
-    void* totals;        // chunks: [rows, 2], wide: ... and their means
-    unsigned* counters;  // [3], chunks: [3 + groups + parts * chunks], zero before and after
+    const void* dsum;  // [rows, cols], added to dx, or null
+    Array weight;      // [cols], or null
+    Array bias;        // [cols], or null
+    const void* mean;  // [rows], wide
+    const void* rstd;  // [rows], wide
+    void* parts;       // [wanted of dweight and dbias, parts, cols], wide
+    void* partials;    // chunks: [rows, chunks, 2], wide: of the sums of g and g * x_hat ...
+    void* totals;      // chunks: [rows, 2], wide: ... and their means
+    // [3], chunks: [3 + groups + parts * chunks], streams: [3 + rows]; zero before and after
+    unsigned* counters;
     long rows, batch_rows, cols;
     Activation activation;
     LayerNormPlan plan;

@@ -19,12 +19,11 @@ __device__ __forceinline__ const char* dy_at(const LayerNormBackward& a, long ro
     return static_cast<const char*>(a.dy.data) + at * (a.dy_dtype == dtype_of<T> ? sizeof(T) : 4);
 }
 
-// As many values of dy as a vector of T has, from p on: of T, or fp32 where T is narrower. kFloat:
-// they are known to be that.
-template <bool kFast, bool kOnce, class T, bool kFloat = false>
+// As many values of dy as a vector of T has, from p on: of T, or fp32 where T is narrower.
+template <bool kFast, bool kOnce, class T>
 __device__ __forceinline__ void load_dy(Dtype dtype, const char* p, int rest,
                                         Wide<T> (&dy)[Vector<T>::size]) {
-    if (!kFloat && (sizeof(T) > 2 || dtype == dtype_of<T>)) {
+    if (sizeof(T) > 2 || dtype == dtype_of<T>) {
         widen(load_row<kFast, kOnce>(reinterpret_cast<const T*>(p), rest), dy);
     } else {
 #pragma unroll
@@ -39,7 +38,7 @@ __device__ __forceinline__ void load_dy(Dtype dtype, const char* p, int rest,
 
 // dy of a vector of columns becomes dz, the gradient of what the activation is given, and g, that
 // of x_hat; x_hat is zero beyond the row, dy is so already.
-template <bool kFast, class Act, class T>
+template <bool kFast, class T>
 __device__ __forceinline__ void pull_back(const LayerNormBackward& a, const Vector<T>& x, long col,
                                           int rest, Wide<T> mean, Wide<T> rstd,
                                           Wide<T> (&dz)[Vector<T>::size],
@@ -51,19 +50,17 @@ __device__ __forceinline__ void pull_back(const LayerNormBackward& a, const Vect
 #pragma unroll
     for (int j = 0; j < kVector; ++j)
         x_hat[j] = (kFast ? rest > 0 : j < rest) ? (widen(x.v[j]) - mean) * rstd : W(0);
-    if constexpr (!std::is_same_v<Act, Identity>) {
-        if (a.activation != Activation::identity) {
-            W bias[kVector];
-            load_columns<kFast, T>(a.bias, col, rest, W(0), bias);
-            // four at a time: more would take registers that the sums are in
+    if (a.activation != Activation::identity) {
+        W bias[kVector];
+        load_columns<kFast, T>(a.bias, col, rest, W(0), bias);
+        // four at a time: more would take registers that the sums are in
 #pragma unroll
-            for (int four = 0; four < kVector; four += 4) {
-                with_activation(a.activation, [&](auto formula) {
+        for (int four = 0; four < kVector; four += 4) {
+            with_activation(a.activation, [&](auto formula) {
 #pragma unroll
-                    for (int j = four; j < min(four + 4, kVector); ++j)
-                        dz[j] *= decltype(formula)::template slope<T>(x_hat[j] * g[j] + bias[j]);
-                });
-            }
+                for (int j = four; j < min(four + 4, kVector); ++j)
+                    dz[j] *= decltype(formula)::template slope<T>(x_hat[j] * g[j] + bias[j]);
+            });
         }
     }
 #pragma unroll
@@ -101,10 +98,8 @@ struct Gradients {
     __device__ __forceinline__ explicit Gradients(const LayerNormBackward& a)
         : wanted(a.dweight.data != nullptr || a.dbias.data != nullptr) {}
 
-    // kAlways: whether they are wanted or not; asking takes a register.
-    template <bool kAlways = false>
     __device__ __forceinline__ void add(int k, const W (&dz)[kVector], const W (&x_hat)[kVector]) {
-        if (!kAlways && !wanted) return;
+        if (!wanted) return;
 #pragma unroll
         for (int j = 0; j < kVector; ++j) dweight[k][j] += dz[j] * x_hat[j], dbias[k][j] += dz[j];
     }
@@ -243,94 +238,70 @@ __device__ __forceinline__ void finish(const LayerNormBackward& a, long finisher
 
 // ---- kernel: rows in registers ------------------------------------------------------------------
 
-// The worker's share of the rows: every `workers`-th tile. Without an activation the next rows are
-// loaded while these are summed; else registers are short, and L2 is told of them.
-template <class T, bool kFast, class Act>
+// The worker's share of the rows: every `workers`-th tile. L2 is told of the next rows while these
+// are summed.
+template <class T>
 __device__ __forceinline__ void work(const LayerNormBackward& a, long worker) {
     using W = Wide<T>;
     constexpr int n = kBackwardVectors<T>, kVector = Vector<T>::size;
-    constexpr bool kAhead = kFast && std::is_same_v<Act, Identity>;
     const LayerNormPlan& plan = a.plan;
-    const bool narrow = sizeof(T) > 2 || a.dy_dtype == dtype_of<T>;
-    const bool x_staged = !kFast && a.x.column != 1, dy_staged = !kFast && a.dy.column != 1;
+    const bool x_staged = a.x.column != 1, dy_staged = a.dy.column != 1;
     Part<T> part(plan.threads, int(a.cols));
     Gradients<T, n> sums(a);
-    Vector<T> x[n] = {}, dy[n] = {};
 
     auto x_tile = [&](int r) { return dynamic_shared<T>() + r * staged_pitch(part.span); };
     auto dy_tile = [&](int r) { return x_tile(x_staged ? plan.tile + r : r); };
-    auto load_x = [&](long row, int r, int length) {
-        const T* from = row_of<T>(a.x, row, a.rows, a.batch_rows);
-#pragma unroll
-        for (int k = 0; k < n; ++k) {
-            const int col = part.column(k), rest = length - col;
-            if (!part.used(k)) continue;
-            x[k] = x_staged ? load_staged(x_tile(r) + col, rest)
-                            : load_row<kFast, kFast>(from + col, rest);
-        }
-        forget(x);
-    };
-    auto load_ahead = [&](long row, int length) {
-        load_x(row, 0, length);
-        const char* from = dy_at<T>(a, row, 0);
-#pragma unroll
-        for (int k = 0; k < n; ++k) {
-            const int col = part.column(k);
-            // zeros where there is nothing: of what was there before, halves would be copied
-            const int rest = narrow && part.used(k) ? length - col : 0;
-            dy[k] = load_row<kFast, kFast>(reinterpret_cast<const T*>(from) + col, rest);
-        }
-        forget(dy);
-    };
-    auto announce = [&](long row, int length, bool and_x) {
+    auto announce = [&](long row, int length) {
         const T* from = row_of<T>(a.x, row, a.rows, a.batch_rows);
 #pragma unroll
         for (int k = 0; k < n; ++k) {
             if (part.column(k) >= length) continue;
-            if (and_x) prefetch(from + part.column(k));
+            prefetch(from + part.column(k));
             prefetch(dy_at<T>(a, row, part.column(k)));
         }
     };
 
     long t = worker, end = a.rows;
     int r = part.group, turn = 0;
-    if (kAhead) load_ahead(t * plan.tile + r, t * plan.tile + r < end ? part.span : 0);
 #pragma unroll 1
     while (t < plan.tiles) {
         long row = t * plan.tile + r;
-        if constexpr (!kFast) {
-            if (x_staged || dy_staged) {
-                const long tiles = (a.batch_rows + plan.tile - 1) / plan.tile, batch = t / tiles;
-                const long first = (t - batch * tiles) * plan.tile;
-                if (r == part.group && x_staged)
-                    stage(x_tile(0), a.x, batch, first, a.batch_rows, plan.tile, part.span);
-                if (r == part.group && dy_staged)
-                    stage(dy_tile(0), a.dy, batch, first, a.batch_rows, plan.tile, part.span);
-                row = batch * a.batch_rows + first + r, end = (batch + 1) * a.batch_rows;
-            }
+        if (x_staged || dy_staged) {
+            const long tiles = (a.batch_rows + plan.tile - 1) / plan.tile, batch = t / tiles;
+            const long first = (t - batch * tiles) * plan.tile;
+            if (r == part.group && x_staged)
+                stage(x_tile(0), a.x, batch, first, a.batch_rows, plan.tile, part.span);
+            if (r == part.group && dy_staged)
+                stage(dy_tile(0), a.dy, batch, first, a.batch_rows, plan.tile, part.span);
+            row = batch * a.batch_rows + first + r, end = (batch + 1) * a.batch_rows;
         }
         part.length = row < end ? part.span : 0;
-        if (!kAhead) load_x(row, r, part.length);
-        const W mean = part.length > 0 ? static_cast<const W*>(a.mean)[row] : W(0);
-        const W rstd = part.length > 0 ? static_cast<const W*>(a.rstd)[row] : W(0);
-        Vector<T> row_x[n], dsum[n] = {};
+        const bool exists = part.length > 0;
+        const W mean = exists ? static_cast<const W*>(a.mean)[row] : W(0);
+        const W rstd = exists ? static_cast<const W*>(a.rstd)[row] : W(0);
+        const T* from = row_of<T>(a.x, row, a.rows, a.batch_rows);
+        Vector<T> x[n] = {}, dsum[n] = {};
+#pragma unroll
+        for (int k = 0; k < n; ++k) {
+            const int col = part.column(k), rest = part.rest(k);
+            if (!part.used(k)) continue;
+            x[k] =
+                x_staged ? load_staged(x_tile(r) + col, rest) : load_row<false>(from + col, rest);
+        }
+        forget(x);
         W g[n][kVector];
         Sums<2, W> s = {};
 #pragma unroll
         for (int k = 0; k < n; ++k) {
             if (!part.used(k)) continue;
             const int col = part.column(k), rest = part.rest(k);
-            const char* row_dy = dy_at<T>(a, row, col);
             W dz[kVector], x_hat[kVector];
-            row_x[k] = x[k];
             if (dy_staged)
                 widen(load_staged(dy_tile(r) + col, rest), dz);
-            else if (kAhead && narrow)
-                widen(dy[k], dz);
             else
-                load_dy<kFast, kFast, T, kAhead && sizeof(T) == 2>(a.dy_dtype, row_dy, rest, dz);
-            pull_back<kFast, Act>(a, row_x[k], col, rest, mean, rstd, dz, x_hat, g[k]);
-            sums.template add<!kAhead>(k, dz, x_hat);
+                load_dy<false, false, T>(a.dy_dtype, dy_at<T>(a, row, col), rest, dz);
+            pull_back<false>(a, x[k], col, rest, mean, rstd, dz, x_hat, g[k]);
+            sums.add(k, dz, x_hat);
 #pragma unroll
             for (int j = 0; j < kVector; ++j) s.v[0] += g[k][j], s.v[1] += g[k][j] * x_hat[j];
         }
@@ -339,19 +310,17 @@ __device__ __forceinline__ void work(const LayerNormBackward& a, long worker) {
 #pragma unroll
         for (int k = 0; k < n; ++k) {
             if (a.dsum == nullptr || a.dx == nullptr || !part.used(k)) continue;
-            const T* from = static_cast<const T*>(a.dsum) + row * a.cols;
-            dsum[k] = load_row<kFast, kFast>(from + part.column(k), part.rest(k));
+            const T* other = static_cast<const T*>(a.dsum) + row * a.cols;
+            dsum[k] = load_row<false>(other + part.column(k), part.rest(k));
         }
         forget(dsum);
         r += part.groups;
         if (r >= plan.tile) r = part.group, t += plan.workers;
         const long next = t * plan.tile + r;
-        const int length = next < a.rows ? part.span : 0;
-        if (kAhead) load_ahead(next, length);
-        if (!x_staged && !dy_staged && (!kAhead || !narrow)) announce(next, length, !kAhead);
+        if (!x_staged && !dy_staged) announce(next, next < a.rows ? part.span : 0);
         if (a.dx == nullptr) continue;
 
-        forget(row_x);
+        forget(x);
         s = row_sum(s, part.threads, turn);
         turn ^= 1;
         const W m1 = s.v[0] / W(a.cols), m2 = s.v[1] / W(a.cols);
@@ -362,15 +331,15 @@ __device__ __forceinline__ void work(const LayerNormBackward& a, long worker) {
             Vector<T> out;
 #pragma unroll
             for (int j = 0; j < kVector; ++j) {
-                const W x_hat = (widen(row_x[k].v[j]) - mean) * rstd;
+                const W x_hat = (widen(x[k].v[j]) - mean) * rstd;
                 const W d = rstd * (g[k][j] - m1 - x_hat * m2);
                 out.v[j] = static_cast<T>(d + widen(dsum[k].v[j]));
             }
-            store_row<kFast>(dx + part.column(k), out, part.rest(k), part.first, part.last);
+            store_row<false>(dx + part.column(k), out, part.rest(k), part.first, part.last);
         }
     }
 
-    leave_gradients<kFast>(a, part, sums, worker);
+    leave_gradients<false>(a, part, sums, worker);
 }
 
 // Runs `work` of a worker in the first blocks to start, and finishes the gradients of parameters,
@@ -391,9 +360,9 @@ __device__ __forceinline__ void with_workers(const LayerNormBackward& a, F work)
     leave_zero(a.counters, 3);
 }
 
-template <class T, bool kFast, class Act>
+template <class T>
 __global__ void __launch_bounds__(kBackwardThreads, 1) backward_rows_kernel(LayerNormBackward a) {
-    with_workers<Wide<T>>(a, [&](long worker) { work<T, kFast, Act>(a, worker); });
+    with_workers<Wide<T>>(a, [&](long worker) { work<T>(a, worker); });
 }
 
 }  // namespace layer_norm

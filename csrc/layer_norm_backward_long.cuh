@@ -37,7 +37,7 @@ struct Visit {
         load_dy<kFast, kOnce, T>(a.dy_dtype, dy_at<T>(a, row, col), rest, dz);
         const Wide<T> mean = static_cast<const Wide<T>*>(a.mean)[row];
         const Wide<T> rstd = static_cast<const Wide<T>*>(a.rstd)[row];
-        pull_back<kFast, Any>(a, x, col, rest, mean, rstd, dz, x_hat, g);
+        pull_back<kFast>(a, x, col, rest, mean, rstd, dz, x_hat, g);
     }
 };
 
@@ -94,14 +94,33 @@ __device__ __forceinline__ void sum_rows(const LayerNormBackward& a, long tile) 
     arrive(arrivals);
 }
 
+// A thread's sums of a chunk, over all rows, where the gradient of a parameter is wanted.
+template <bool kFast, class T, class W, int n, int kVector>
+__device__ __forceinline__ void store_gradient(Array to, const Part<T>& part, long begin,
+                                               const W (&sums)[n][kVector]) {
+    if (to.data == nullptr) return;
+    if (kFast && to.dtype == dtype_of<W>)
+        return store_sums<kFast>(part, static_cast<W*>(to.data) + begin, sums);
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+#pragma unroll
+        for (int j = 0; j < kVector; ++j)
+            if (part.column(k) + j < part.span)
+                store_any(to, begin + part.column(k) + j, sums[k][j]);
+    }
+}
+
 // Second visit: dx, and the sums of dweight and dbias over the rows of `span` groups. Tile after
 // tile of a chunk they are added to one of `parts` rows in turn; by then the tile `parts` before
 // this one, whose ticket is smaller, has long done so, and their order is the same in every run.
+// Tiles that have all rows (`parts` is zero) go backwards, as L2 has what was read last, and store
+// the gradients themselves.
 template <class T, bool kFast>
 __device__ __forceinline__ void apply_rows(const LayerNormBackward& a, long tile) {
     using W = Wide<T>;
-    const long chunks = a.plan.chunks, index = tile / chunks, chunk = tile - index * chunks;
-    const long begin = chunk * a.plan.chunk;
+    const bool whole = a.plan.parts == 0;
+    const long chunks = a.plan.chunks, index = tile / chunks, place = tile - index * chunks;
+    const long chunk = whole ? chunks - 1 - place : place, begin = chunk * a.plan.chunk;
     const Part<T> part = part_of<T>(a, begin);
     const W* totals = static_cast<const W*>(a.totals);
     Gradients<T, kChunkVectors> sums(a);
@@ -136,6 +155,10 @@ __device__ __forceinline__ void apply_rows(const LayerNormBackward& a, long tile
         }
     }
     if (!sums.wanted) return;
+    if (whole) {
+        store_gradient<kFast>(a.dweight, part, begin, sums.dweight);
+        return store_gradient<kFast>(a.dbias, part, begin, sums.dbias);
+    }
     const long turn = index / a.plan.parts, row = index - turn * a.plan.parts;
     unsigned* added = a.counters + 3 + a.plan.groups + row * chunks + chunk;
     if (turn > 0) wait(added, unsigned(turn));
@@ -153,7 +176,7 @@ __device__ __forceinline__ void apply_rows(const LayerNormBackward& a, long tile
 // in L2 and waits for smaller tickets alone, as lag >= chunks - 1. Where a group of rows is too
 // large for L2, lag is the number of tiles: the second visits follow all the first ones.
 template <class T, bool kFast>
-__global__ void __launch_bounds__(kChunkBound<T, kFast>, 2)
+__global__ void __launch_bounds__(kChunkBound<T, kFast>, sizeof(T) == 8 ? 1 : 2)
     backward_ticket_kernel(LayerNormBackward a) {
     const LayerNormPlan& plan = a.plan;
     const long ticket = take_ticket(a.counters);

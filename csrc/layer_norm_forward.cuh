@@ -20,19 +20,19 @@ __device__ __forceinline__ void add(Vector<T>& x, const Vector<T>& residual) {
 }
 
 // A vector of a residual at p, see load_row; a narrower one is widened.
-template <bool kFast, class T, class R>
+template <class T, class R>
 __device__ __forceinline__ Vector<T> load_residual(const R* p, int rest) {
     if constexpr (std::is_same_v<R, T>) {
-        return load_row<kFast>(p, rest);
+        return load_row<false>(p, rest);
     } else {
         static_assert(sizeof(R) == 2 && Vector<T>::size == 4, "");
         Vector<T> wide = {};
-        if (kFast ? rest > 0 : rest >= 4 && reinterpret_cast<uintptr_t>(p) % 8 == 0) {
+        if (rest >= 4 && reinterpret_cast<uintptr_t>(p) % 8 == 0) {
             const uint2 raw = *reinterpret_cast<const uint2*>(p);
             const Vector<R> narrow = as_vector<R>({raw.x, raw.y, 0, 0});  // 4 of its 8
 #pragma unroll
             for (int j = 0; j < 4; ++j) wide.v[j] = widen(narrow.v[j]);
-        } else if constexpr (!kFast) {
+        } else {
 #pragma unroll
             for (int j = 0; j < 4; ++j)
                 if (j < rest) wide.v[j] = widen(p[j]);
@@ -41,39 +41,38 @@ __device__ __forceinline__ Vector<T> load_residual(const R* p, int rest) {
     }
 }
 
-template <bool kFast, class R, class T, int n>
+template <class R, class T, int n>
 __device__ __forceinline__ void add_row(const LayerNormForward& a, const Part<T>& part, long row,
                                         long begin, Vector<T> (&x)[n]) {
     const R* residual = row_of<R>(a.residual, row, a.rows, a.batch_rows) + begin;
 #pragma unroll
     for (int k = 0; k < n; ++k) {
-        if (part.used(k))
-            add(x[k], load_residual<kFast, T>(residual + part.column(k), part.rest(k)));
+        if (part.used(k)) add(x[k], load_residual<T>(residual + part.column(k), part.rest(k)));
     }
 }
 
 // Adds the residual, if there is one, to columns of x that begin at `begin`; stores the sum if it
 // is wanted.
-template <bool kFast, class T, int n>
+template <class T, int n>
 __device__ __forceinline__ void add_residual(const LayerNormForward& a, const Part<T>& part,
                                              long row, long begin, Vector<T> (&x)[n], bool store) {
     if (a.residual.data == nullptr) return;
     if constexpr (std::is_same_v<T, float>) {  // a switch, for kernels of their own are many
         if (a.residual_dtype == Dtype::bfloat16)
-            add_row<kFast, __nv_bfloat16>(a, part, row, begin, x);
+            add_row<__nv_bfloat16>(a, part, row, begin, x);
         else if (a.residual_dtype == Dtype::float16)
-            add_row<kFast, __half>(a, part, row, begin, x);
+            add_row<__half>(a, part, row, begin, x);
         else
-            add_row<kFast, float>(a, part, row, begin, x);
+            add_row<float>(a, part, row, begin, x);
     } else {
-        add_row<kFast, T>(a, part, row, begin, x);
+        add_row<T>(a, part, row, begin, x);
     }
     if (a.sum == nullptr || !store) return;
     T* sum = static_cast<T*>(a.sum) + row * a.cols + begin;
 #pragma unroll
     for (int k = 0; k < n; ++k) {
         if (part.used(k))
-            store_row<kFast>(sum + part.column(k), x[k], part.rest(k), part.first, part.last);
+            store_row<false>(sum + part.column(k), x[k], part.rest(k), part.first, part.last);
     }
 }
 
@@ -102,7 +101,7 @@ __device__ __forceinline__ Moments<W> merge_lanes(const Centred<W>& own, W pivot
 }
 
 // Mean and squared deviations of a part, in two passes over registers.
-template <bool kFast, class T, int n>
+template <class T, int n>
 __device__ __forceinline__ Moments<Wide<T>> moments(const Part<T>& part, Vector<T> (&x)[n]) {
     using W = Wide<T>;
     constexpr int kVector = Vector<T>::size;
@@ -121,11 +120,11 @@ __device__ __forceinline__ Moments<Wide<T>> moments(const Part<T>& part, Vector<
     const W mean = count > 0 ? sum / W(count) : W(0);
 #pragma unroll
     for (int k = 0; k < n; ++k) {
-        if (!part.used(k) || (kFast && part.rest(k) <= 0)) continue;
+        if (!part.used(k)) continue;
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
             // elements beyond the row hold zero, not the mean: they must not count
-            const W centred = kFast || j < part.rest(k) ? widen(x[k].v[j]) - mean : W(0);
+            const W centred = j < part.rest(k) ? widen(x[k].v[j]) - mean : W(0);
             s.v[0] += centred;
             s.v[1] += centred * centred;
         }
@@ -144,7 +143,7 @@ __device__ __forceinline__ Moments<Wide<T>> moments(const Part<T>& part, Vector<
     return merge_lanes(own, shared.warp[first].mean, warps, W(part.span));
 }
 
-template <class T, class W>
+template <class W>
 __device__ __forceinline__ W store_statistics(const LayerNormForward& a, long row, W mean, W m2,
                                               bool store) {
     const W rstd = rsqrt(m2 / W(a.cols) + W(a.eps));
@@ -155,36 +154,27 @@ __device__ __forceinline__ W store_statistics(const LayerNormForward& a, long ro
     return rstd;
 }
 
-// y of a vector at column `col` of a row; `at` is where y's begins. kOnce: see store_row.
-template <bool kFast, class Act, bool kOnce, class T>
+// y of a vector at column `col` of a row; `at` is where y's begins.
+template <class T>
 __device__ __forceinline__ void normalize(const LayerNormForward& a, const Part<T>& part,
                                           const Vector<T>& x, long at, long col, int rest,
                                           Wide<T> mean, Wide<T> rstd) {
     using W = Wide<T>;
     constexpr int kVector = Vector<T>::size;
     W z[kVector], parameter[kVector];
-    load_columns<kFast, T>(a.weight, col, rest, W(1), parameter);
+    load_columns<false, T>(a.weight, col, rest, W(1), parameter);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) z[j] = (widen(x.v[j]) - mean) * rstd * parameter[j];
-    load_columns<kFast, T>(a.bias, col, rest, W(0), parameter);
+    load_columns<false, T>(a.bias, col, rest, W(0), parameter);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) z[j] += parameter[j];
-    activate<T, Act>(a.activation, z);
+    activate<T>(a.activation, z);
     if (a.y.dtype == dtype_of<T>) {
         Vector<T> y;
 #pragma unroll
         for (int j = 0; j < kVector; ++j) y.v[j] = static_cast<T>(z[j]);
-        store_row<kFast, kOnce>(static_cast<T*>(a.y.data) + at, y, rest, part.first, part.last);
-    } else if constexpr (kFast && sizeof(T) == 2) {  // fp32
-#pragma unroll
-        for (int half = 0; half < kVector; half += 4) {
-            Vector<float> y;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) y.v[j] = z[half + j];
-            store_row<kFast, kOnce>(static_cast<float*>(a.y.data) + at + half, y, rest, part.first,
-                                    part.last);
-        }
-    } else if constexpr (!kFast) {
+        store_row<false>(static_cast<T*>(a.y.data) + at, y, rest, part.first, part.last);
+    } else {
 #pragma unroll
         for (int j = 0; j < kVector; ++j)
             if (j < rest) store_any(a.y, at + j, z[j]);
@@ -193,22 +183,19 @@ __device__ __forceinline__ void normalize(const LayerNormForward& a, const Part<
 
 // ---- kernel: a row in the registers of 1 to 512 threads -----------------------------------------
 
-template <class T, bool kFast, class Act>
-__global__ void __launch_bounds__(kForwardThreads, kFast ? 2 : 1)
-    forward_rows_kernel(LayerNormForward a) {
+template <class T>
+__global__ void __launch_bounds__(kForwardThreads, 1) forward_rows_kernel(LayerNormForward a) {
     using W = Wide<T>;
     constexpr int n = kForwardVectors;
     Part<T> part(a.plan.threads, int(a.cols));
-    const bool transposed = !kFast && a.x.column != 1;
+    const bool transposed = a.x.column != 1;
     long first = long(blockIdx.x) * a.plan.tile, end = a.rows;
-    [[maybe_unused]] T* staged = dynamic_shared<T>();
-    if constexpr (!kFast) {
-        if (transposed) {
-            const long tiles = a.plan.tiles, batch = blockIdx.x / tiles;  // tiles of a batch
-            const long row = (blockIdx.x - batch * tiles) * a.plan.tile;
-            stage(staged, a.x, batch, row, a.batch_rows, a.plan.tile, part.span);
-            first = batch * a.batch_rows + row, end = (batch + 1) * a.batch_rows;
-        }
+    T* staged = dynamic_shared<T>();
+    if (transposed) {
+        const long tiles = a.plan.tiles, batch = blockIdx.x / tiles;  // tiles of a batch
+        const long row = (blockIdx.x - batch * tiles) * a.plan.tile;
+        stage(staged, a.x, batch, row, a.batch_rows, a.plan.tile, part.span);
+        first = batch * a.batch_rows + row, end = (batch + 1) * a.batch_rows;
     }
     for (int r = part.group; r < a.plan.tile; r += part.groups) {
         const long row = first + r;
@@ -222,16 +209,16 @@ __global__ void __launch_bounds__(kForwardThreads, kFast ? 2 : 1)
                 x[k] = load_staged(staged + r * staged_pitch(part.span) + part.column(k),
                                    part.rest(k));
             else
-                x[k] = load_row<kFast, true>(from + part.column(k), part.rest(k));
+                x[k] = load_row<false>(from + part.column(k), part.rest(k));
         }
-        add_residual<kFast>(a, part, row, 0, x, true);
-        const Moments<W> m = moments<kFast>(part, x);
-        const W rstd = store_statistics<T>(a, row, m.mean, m.m2, part.lane == 0 && row < end);
+        add_residual(a, part, row, 0, x, true);
+        const Moments<W> m = moments(part, x);
+        const W rstd = store_statistics(a, row, m.mean, m.m2, part.lane == 0 && row < end);
 #pragma unroll
         for (int k = 0; k < n; ++k) {
             if (part.used(k))
-                normalize<kFast, Act, false>(a, part, x[k], row * a.cols + part.column(k),
-                                             part.column(k), part.rest(k), m.mean, rstd);
+                normalize(a, part, x[k], row * a.cols + part.column(k), part.column(k),
+                          part.rest(k), m.mean, rstd);
         }
     }
 }
@@ -257,56 +244,87 @@ __device__ __forceinline__ Moments<W> merge_chunks(const LayerNormForward& a, co
 // A tile is a chunk of a row. Ticket k takes the statistics of tile k and normalises tile k - lag,
 // which waits for the statistics of its row: with lag >= chunks - 1 those of smaller tickets, which
 // are running or done, on any grid. The second read of x finds it in L2.
-template <class T, bool kFast>
-__global__ void __launch_bounds__(kTicketThreads, 2) forward_ticket_kernel(LayerNormForward a) {
+//
+// Where L2 has no room for a row and what is read beside it, lag is the number of tiles, and tiles
+// go chunk by chunk through all rows: parameters are read once, for `span` rows of a tile at a
+// time. The second visits go backwards, as L2 has what was read last.
+struct Tile {
+    long row, chunk;
+};
+
+// Tickets are 32 bits, and so are divisions: of 64 bits they are subroutines.
+__device__ __forceinline__ Tile first_tile(const LayerNormForward& a, unsigned ticket) {
+    const unsigned each = unsigned(a.plan.by_columns ? a.rows : a.plan.chunks);
+    const unsigned outer = ticket / each, inner = ticket - outer * each;
+    return a.plan.by_columns ? Tile{inner, outer} : Tile{outer, inner};
+}
+
+// The first of the `span` rows of a tile.
+__device__ __forceinline__ Tile second_tile(const LayerNormForward& a, unsigned index) {
+    if (!a.plan.by_columns) return first_tile(a, index);
+    const unsigned each = unsigned((a.rows + a.plan.span - 1) / a.plan.span);
+    const unsigned outer = index / each, inner = index - outer * each;
+    return {(each - 1 - inner) * a.plan.span, a.plan.chunks - 1 - outer};
+}
+
+// A chunk's mean and m2; whoever comes last merges those of all chunks of the row.
+template <class W>
+__device__ __forceinline__ void leave_moments(const LayerNormForward& a, Tile tile, W mean, W m2) {
+    W* partials = static_cast<W*>(a.partials) + 2 * tile.row * a.plan.chunks;
+    unsigned* arrivals = a.counters + 2 + tile.row;
+    if (threadIdx.x == 0) partials[2 * tile.chunk] = mean, partials[2 * tile.chunk + 1] = m2;
+    if (!arrive_last(arrivals, unsigned(a.plan.chunks))) return;
+    const Moments<W> whole = merge_chunks(a, partials);
+    store_statistics(a, tile.row, whole.mean, whole.m2, threadIdx.x == 0);
+    arrive(arrivals);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTicketThreads, 3) forward_ticket_kernel(LayerNormForward a) {
     using W = Wide<T>;
     constexpr int n = kForwardVectors;
-    W *means = static_cast<W*>(a.mean), *partials = static_cast<W*>(a.partials);
-    unsigned* arrivals = a.counters + 2;
-    const long ticket = take_ticket(a.counters), chunks = a.plan.chunks;
+    const unsigned ticket = take_ticket(a.counters);
     Vector<T> x[n];
-
-    if (ticket < a.rows * chunks) {
-        const long row = ticket / chunks, chunk = ticket - row * chunks,
-                   begin = chunk * a.plan.chunk;
-        Part<T> part(blockDim.x, int(min(a.cols - begin, a.plan.chunk)));
+    if (ticket < a.rows * a.plan.chunks) {
+        const Tile tile = first_tile(a, ticket);
+        const long begin = tile.chunk * a.plan.chunk;
+        Part<T> part(kTicketThreads, int(min(a.cols - begin, a.plan.chunk)));
         part.length = part.span;
-        const T* from = row_of<T>(a.x, row, a.rows, a.batch_rows) + begin;
+        const T* from = row_of<T>(a.x, tile.row, a.rows, a.batch_rows) + begin;
 #pragma unroll
         for (int k = 0; k < n; ++k) {
             x[k] = {};
-            if (part.used(k)) x[k] = load_row<kFast>(from + part.column(k), part.rest(k));
+            if (part.used(k)) x[k] = load_row<false>(from + part.column(k), part.rest(k));
         }
-        add_residual<kFast>(a, part, row, begin, x, true);
-        const Moments<W> m = moments<kFast>(part, x);
-        if (threadIdx.x == 0) partials[2 * ticket] = m.mean, partials[2 * ticket + 1] = m.m2;
-        if (arrive_last(arrivals + row, unsigned(chunks))) {
-            const Moments<W> whole = merge_chunks(a, partials + 2 * row * chunks);
-            store_statistics<T>(a, row, whole.mean, whole.m2, threadIdx.x == 0);
-            arrive(arrivals + row);
-        }
+        add_residual(a, part, tile.row, begin, x, true);
+        const Moments<W> m = moments(part, x);
+        leave_moments(a, tile, m.mean, m.m2);
     }
     if (ticket >= a.plan.lag) {
-        const long tile = ticket - a.plan.lag, row = tile / chunks, chunk = tile - row * chunks;
-        const long begin = chunk * a.plan.chunk;
-        Part<T> part(blockDim.x, int(min(a.cols - begin, a.plan.chunk)));
+        const Tile tile = second_tile(a, unsigned(ticket - a.plan.lag));
+        const long begin = tile.chunk * a.plan.chunk, end = min(a.rows, tile.row + a.plan.span);
+        Part<T> part(kTicketThreads, int(min(a.cols - begin, a.plan.chunk)));
         part.length = part.span;
-        wait(arrivals + row, unsigned(chunks) + 1);
-        const W mean = means[row], rstd = static_cast<const W*>(a.rstd)[row];
         const bool summed = a.sum != nullptr;
-        const T* from = (summed ? static_cast<const T*>(a.sum) + row * a.cols
-                                : row_of<T>(a.x, row, a.rows, a.batch_rows)) +
-                        begin;
+        for (long row = tile.row; row < end; ++row)
+            wait(a.counters + 2 + row, unsigned(a.plan.chunks) + 1);
+#pragma unroll 1
+        for (long row = tile.row; row < end; ++row) {
+            const W mean = static_cast<const W*>(a.mean)[row];
+            const W rstd = static_cast<const W*>(a.rstd)[row];
+            const T* from = (summed ? static_cast<const T*>(a.sum) + row * a.cols
+                                    : row_of<T>(a.x, row, a.rows, a.batch_rows)) +
+                            begin;
 #pragma unroll
-        for (int k = 0; k < n; ++k)
-            if (part.used(k)) x[k] = load_row<kFast, true>(from + part.column(k), part.rest(k));
-        if (!summed) add_residual<kFast>(a, part, row, begin, x, false);
+            for (int k = 0; k < n; ++k)
+                if (part.used(k)) x[k] = load_row<false>(from + part.column(k), part.rest(k));
+            if (!summed) add_residual(a, part, row, begin, x, false);
 #pragma unroll
-        for (int k = 0; k < n; ++k) {
-            const long col = begin + part.column(k);
-            if (part.used(k))
-                normalize<kFast, Any, true>(a, part, x[k], row * a.cols + col, col, part.rest(k),
-                                            mean, rstd);
+            for (int k = 0; k < n; ++k) {
+                const long col = begin + part.column(k);
+                if (part.used(k))
+                    normalize(a, part, x[k], row * a.cols + col, col, part.rest(k), mean, rstd);
+            }
         }
     }
     leave_zero(a.counters, 2 + a.rows);

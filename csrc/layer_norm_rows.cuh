@@ -215,17 +215,14 @@ __device__ __forceinline__ void load_columns(Array a, long c, int rest, Wide<T> 
     }
 }
 
-using Identity = Fixed<activations::identity>;
-
 // z becomes the activation's value; one switch for all lanes of a vector.
-template <class T, class Act, int n>
+template <class T, int n>
 __device__ __forceinline__ void activate(Activation which, Wide<T> (&z)[n]) {
-    if constexpr (!std::is_same_v<Act, Identity>) {
-        with_activation(which, [&](auto formula) {
+    if (which == Activation::identity) return;
+    with_activation(which, [&](auto formula) {
 #pragma unroll
-            for (int j = 0; j < n; ++j) z[j] = decltype(formula)::template value<T>(z[j]);
-        });
-    }
+        for (int j = 0; j < n; ++j) z[j] = decltype(formula)::template value<T>(z[j]);
+    });
 }
 
 // The last block to come (others may spin on them until then) leaves all counters zero.

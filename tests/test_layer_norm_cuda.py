@@ -25,16 +25,24 @@ pytestmark = [
 ]
 
 # Rows of more than 64 bytes are cut into chunks of at most 64, groups have at most 3 rows.
-CHUNKS = cuda.Limits(forward=4, backward=4, forward_chunk=4, backward_chunk=4, group=3)
-# And where a group of rows does not stay in L2: the second visits follow all the first.
-IN_TURNS = CHUNKS._replace(group_bytes=0)
-FORMS = {"rows": cuda.Limits(), "chunks": CHUNKS, "in turns": IN_TURNS}
+CHUNKS = cuda.Limits(
+    forward=4, backward=4, forward_chunk=4, backward_chunk=4, group=3, stream_chunk=0
+)
+# And where a group of rows, or in the forward a row, does not stay in L2: the second visits follow
+# all the first.
+IN_TURNS = CHUNKS._replace(group_bytes=0, row_bytes=0, shared_rows=2)
+# Rows of more than 64 bytes and up to 2048 are shared by up to 4 blocks, which keep their chunks;
+# with 16 processors, whose 32 blocks are more than some devices hold.
+STREAMS = CHUNKS._replace(stream_chunk=32, stream_lag=2)
+FORMS = {"rows": cuda.Limits(), "chunks": CHUNKS, "in turns": IN_TURNS, "streams": STREAMS}
 HALVES = (torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(cuda, "LIMITS", FORMS[request.param])
+    if request.param == "streams":
+        monkeypatch.setattr(launch, "processors", lambda device: 16)
     return str(request.param)
 
 
@@ -147,12 +155,12 @@ def test_absent_and_frozen(form: str, affine: tuple[bool, bool], frozen: tuple[s
         check(torch.randn(20, cols), affine=affine, frozen=frozen, activation=activation)
 
 
-# kernels of 16-bit rows: more rows than a worker has at a time, rows that share
+# kernels of aligned rows: more rows than a worker has at a time, rows that share
 # a block, that are one and that end within a warp; dsum, sums nobody wants, no parameters
 @pytest.mark.parametrize("activation", ["identity", "silu", "gelu"])
 @pytest.mark.parametrize("cols", [40, 512, 1032])
-@pytest.mark.parametrize("dtype", HALVES)
-def test_halves(cols: int, dtype: torch.dtype, activation: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_aligned(cols: int, dtype: torch.dtype, activation: str) -> None:
     x = (torch.randn(70, cols) + 3).to(dtype)
     other = torch.randn(x.shape).to(dtype)
     check(x, activation=activation)
@@ -284,18 +292,57 @@ def test_the_rule() -> None:
     def shape(rows: int, cols: int, size: int) -> cuda.Shape:
         return cuda.Shape(rows, rows, cols, size, 0, 132)
 
-    assert not cuda.forward_plan(shape(4096, 16384, 2), cuda.LIMITS).ticket
-    assert cuda.forward_plan(shape(4096, 16392, 2), cuda.LIMITS).ticket
+    assert not cuda.forward_plan(shape(4096, 16384, 2), 2, cuda.LIMITS).ticket
+    assert cuda.forward_plan(shape(4096, 16392, 2), 2, cuda.LIMITS).ticket
     assert not cuda.backward_plan(shape(4096, 8192, 2), 2, True, 2, cuda.LIMITS).ticket
+    # blocks that keep their chunks, as many as are resident: rows of 3, and of 33 at most
     long = cuda.backward_plan(shape(4096, 8200, 2), 2, True, 2, cuda.LIMITS)
     assert long.ticket
-    assert long.span == 1
-    # 2 * 132 blocks at 5 chunks a row: not one row of sums for each of 128 groups
-    assert (long.groups, long.chunks, long.parts) == (128, 5, 53)
+    assert long.streams
+    assert (long.chunks, long.chunk, long.parts, long.workers) == (3, 2752, 88, 264)
+    assert cuda.backward_plan(shape(4096, 33 * 4096, 2), 2, True, 2, cuda.LIMITS).streams
+    # a few rows are cut finer, so that there is work for all
+    assert cuda.backward_plan(shape(8, 32768, 2), 2, True, 2, cuda.LIMITS).workers == 8 * 32
+    # dy of another dtype, and rows that too many blocks would share: two visits by tickets
+    long = cuda.backward_plan(shape(4096, 8200, 2), 4, True, 2, cuda.LIMITS)
+    assert (long.streams, long.span, long.groups, long.chunks, long.parts) == (0, 1, 683, 5, 53)
+    longer = cuda.backward_plan(shape(4096, 1 << 18, 2), 2, True, 2, cuda.LIMITS)
+    assert (longer.streams, longer.span, longer.chunks) == (0, 1, 128)
+    # what is read between its two visits: x and dy of 523 tiles
+    assert 523 * longer.group * longer.chunk * 4 < 24 << 20
     # a row of KernelBench's, 16 MB of x and as much of dy: L2 does not hold a group of them
     huge = cuda.backward_plan(shape(16, 1 << 22, 4), 4, True, 2, cuda.LIMITS)
     assert huge.span == huge.groups
-    assert huge.parts == 1
+    assert huge.parts == 0
+    assert huge.blocks == huge.workers
+
+
+def test_the_rule_of_huge_rows() -> None:
+    """Which rows are normalised after the statistics of all: parameters are then read once."""
+
+    def by_columns(rows: int, cols: int, size: int, parameters: int = 2) -> bool:
+        shape = cuda.Shape(rows, rows, cols, size, 0, 132)
+        return bool(cuda.forward_plan(shape, parameters, cuda.LIMITS).by_columns)
+
+    assert not by_columns(4096, 65536, 2), "L2 holds a row and its parameters"
+    # KernelBench's: 16.8 MB of x and 33.5 of parameters a row in fp32, half of that in bf16
+    assert by_columns(16, 1 << 22, 4)
+    assert not by_columns(16, 1 << 22, 2)
+    assert not by_columns(16, 1 << 22, 4, parameters=0)
+    # x three times and parameters once are more than twice and twice
+    assert not by_columns(2, 1 << 22, 4)
+    # a row that L2 does not hold is read twice whatever the order
+    assert by_columns(2, 1 << 23, 4, parameters=0)
+    assert not by_columns(1, 1 << 23, 4)
+    plan = cuda.forward_plan(cuda.Shape(18, 18, 1 << 22, 4, 0, 132), 2, cuda.LIMITS)
+    assert (plan.chunks, plan.lag, plan.span) == (1024, 18 * 1024, 4)
+    assert plan.blocks == 18 * 1024 + 5 * 1024
+
+
+def test_blocks_of_backward() -> None:
+    def shape(rows: int, cols: int, size: int) -> cuda.Shape:
+        return cuda.Shape(rows, rows, cols, size, 0, 132)
+
     for rows in (1, 100, 1 << 20):
         plan = cuda.backward_plan(shape(rows, 768, 2), 2, True, 2, cuda.LIMITS)
         assert 1 <= plan.workers <= min(plan.tiles, 2 * 132)

@@ -100,7 +100,8 @@ def test_blocks_of_layer_norm_share_a_row_or_a_sum(way: small.Way, plans: list[A
     forward, backward = plans
     if way[0].shape[-1] >= 20000 or way[0].variant == "last3":
         assert min(forward.chunks, backward.chunks) > 1
-        assert (backward.span > 1) == bool(way[2])
+        assert backward.streams == (not way[2])
+        assert (backward.span > 1, forward.span > 1) == (len(way[2]) > 1,) * 2
     else:
         assert backward.workers > 1
         assert backward.blocks > backward.workers  # who finish the sums

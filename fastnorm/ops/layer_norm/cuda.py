@@ -25,15 +25,25 @@ class Limits(NamedTuple):
     # forward, in the backward 2 (fp64: 1) of x and dy and the sums of dweight and dbias.
     forward: int = 2048
     backward: int = 1024
-    # Chunks of longer rows, of 256 threads.
+    # Chunks of longer rows, of 256 threads; in the backward those of streams of rows, which blocks
+    # keep (0: there are no streams), and those of rows in two visits.
     forward_chunk: int = 1024
+    stream_chunk: int = 512
     backward_chunk: int = 256
-    # Rows of a tile of chunks in the backward, and the bytes up to which such a group of whole rows
-    # is found in L2 when it is read again; where not even `least_group` rows are, the two phases
-    # follow each other.
+    # Streams: rows between the visits of one, and which part of the processors (2 blocks each) may
+    # have blocks that wait for each other: a small one, so that some such launches at once cannot
+    # take each other's place for ever.
+    stream_lag: int = 4
+    stream_share: int = 4
+    # Rows of a tile of chunks in the backward, and the bytes of x and dy between two visits that
+    # L2 keeps; where not even `least_group` rows are so few, the two phases follow each other.
     group: int = 32
     least_group: int = 4
-    group_bytes: int = 16 << 20
+    group_bytes: int = 24 << 20
+    # What L2 keeps of a row of the forward and of the parameters beside it, and how many rows share
+    # parameters where it does not.
+    row_bytes: int = 28 << 20
+    shared_rows: int = 4
     # Columns of matrices whose rows are adjacent, up to which a tile of whole rows is turned round
     # in that much shared memory.
     transposed_cols: int = 1024
@@ -93,20 +103,40 @@ def _whole_rows(shape: Shape, each: int, block: int, limits: Limits) -> dict[str
     }
 
 
-def _chunked(shape: Shape, chunk: int) -> dict[str, int]:
-    chunk *= 16 // shape.size
+def _chunked(shape: Shape, most: int, least: int = 1) -> dict[str, int]:
+    """Chunks of at most `most` vectors of a row, and at least that many of them; even ones, whole
+    lines of 128 bytes."""
+    vectors = -(-shape.cols * shape.size // 16)
+    line = min(8, most)
+    chunk = -(-vectors // max(-(-vectors // most), least))
+    chunk = -(-chunk // line) * line * 16 // shape.size
     return {"ticket": 1, "block": 256, "chunk": chunk, "chunks": -(-shape.cols // chunk)}
 
 
-def forward_plan(shape: Shape, limits: Limits) -> Any:
+def _by_columns(shape: Shape, parameters: int, limits: Limits) -> bool:
+    """Whether less moves if all statistics come first: x is read twice, but each parameter once."""
+    row, ahead = shape.cols * shape.size, shape.processors * limits.forward_chunk * 16
+    if row + ahead > limits.row_bytes:  # read twice anyway
+        return shape.rows > 1
+    # L2 keeps the row, but not the parameters too, which are read again for every row
+    again = parameters * (shape.rows - 1)
+    return (1 + parameters) * row + ahead > limits.row_bytes and again > shape.rows
+
+
+def forward_plan(shape: Shape, parameters: int, limits: Limits) -> Any:
     """The rule of the forward: whole rows in registers as long as they fit, else chunks."""
     if in_registers(shape.cols, shape.size, limits, backward=False):
         fields = _whole_rows(shape, 4, 256 if shape.transposed else 128, limits)
         return _plan(**fields, blocks=fields["tiles"] * _batches(shape))
     fields = _chunked(shape, limits.forward_chunk)
+    chunks = fields["chunks"]
+    if _by_columns(shape, parameters, limits):
+        lag, span = shape.rows * chunks, limits.shared_rows
+        blocks = lag + chunks * -(-shape.rows // span)
+        return _plan(**fields, by_columns=1, lag=lag, span=span, blocks=blocks)
     # as many tiles apart as are under way at once, so that no block waits for long
-    lag = fields["chunks"] - 1 + shape.processors
-    return _plan(**fields, lag=lag, blocks=shape.rows * fields["chunks"] + lag)
+    lag = chunks - 1 + shape.processors
+    return _plan(**fields, lag=lag, span=1, blocks=shape.rows * chunks + lag)
 
 
 def _batches(shape: Shape) -> int:
@@ -135,9 +165,15 @@ def backward_plan(shape: Shape, dy_size: int, wants_dx: bool, wanted: int, limit
                 fields["shared_bytes"], groups * shape.cols * max(shape.size, 4)
             )
         return _plan(**fields, workers=workers, parts=workers, blocks=workers + finishers)
+    if limits.stream_chunk and shape.size < 8 and dy_size == shape.size:
+        plan = _streams(shape, wants_dx, finishers, limits)
+        if plan is not None:
+            return plan
     fields = _chunked(shape, limits.backward_chunk)
     chunks = fields["chunks"]
-    group = limits.group_bytes // (shape.cols * (shape.size + dy_size))
+    # between two visits: the tiles of the lag below, and two for each processor under way
+    between = chunks - 1 + 3 * shape.processors
+    group = limits.group_bytes // (between * fields["chunk"] * (shape.size + dy_size))
     in_turns = group < min(limits.least_group, shape.rows)
     if in_turns:
         group = limits.group
@@ -153,9 +189,28 @@ def backward_plan(shape: Shape, dy_size: int, wants_dx: bool, wanted: int, limit
     workers = lag + tiles
     # as many rows of sums as blocks are at one chunk at a time, two on each processor
     parts = min(groups // span, -(-2 * shape.processors // chunks))
+    if span == groups:  # a tile has all rows, and nothing is left to finish
+        parts = finishers = 0
     return _plan(
         **fields, group=group, groups=groups, span=span, lag=lag, workers=workers, parts=parts,
         blocks=workers + finishers,
+    )  # fmt: skip
+
+
+def _streams(shape: Shape, wants_dx: bool, finishers: int, limits: Limits) -> Any:
+    """The plan of blocks that keep a chunk of the columns for a stream of rows, all of them
+    resident; None where a row would need too many. Few rows are cut finer."""
+    resident, most = 2 * shape.processors, max(shape.processors // limits.stream_share, 2)
+    least = min(most, resident // shape.rows, shape.cols * shape.size // 1024)
+    fields = _chunked(shape, limits.stream_chunk, max(least, 1))
+    chunks = fields["chunks"]
+    if chunks > most:
+        return None
+    streams = min(resident // chunks, shape.rows)
+    return _plan(
+        **fields, streams=1, parts=streams, workers=streams * chunks,
+        lag=limits.stream_lag if wants_dx else 0, blocks=streams * chunks + finishers,
+        shared_bytes=2 * 2 * 256 * 16 // shape.size * 4,
     )  # fmt: skip
 
 
@@ -186,14 +241,16 @@ class Cut(NamedTuple):
 
 
 class Wants(NamedTuple):
-    """Gradients: of x?, and how many of parameters."""
+    """What a pass is for, beside its tensors: how many parameters the forward has, or of how many
+    the backward gives gradients, and whether of x too."""
 
-    dx: bool
+    backward: bool
     parameters: int
+    dx: bool = False
 
 
 def _cut_views(
-    views: Sequence[Tensor], device: int, wants: Wants | None, limits: Limits, copied: bool
+    views: Sequence[Tensor], device: int, wants: Wants, limits: Limits, copied: bool
 ) -> Cut:
     x, beside = views[0], views[-1]
     shape = Shape(
@@ -204,8 +261,8 @@ def _cut_views(
         transposed=sum(map(rows_adjacent, views)),
         processors=launch.processors(device),
     )
-    if wants is None:
-        plan = forward_plan(shape, limits)
+    if not wants.backward:
+        plan = forward_plan(shape, wants.parameters, limits)
     else:
         plan = backward_plan(shape, beside.element_size(), wants.dx, wants.parameters, limits)
     strides = (x.stride(), beside.stride())
@@ -215,7 +272,7 @@ def _cut_views(
 
 @functools.lru_cache(maxsize=4096)
 def _cut(
-    dims: int, wants: Wants | None, limits: Limits, device: int, shape: torch.Size, *layouts: Any
+    dims: int, wants: Wants, limits: Limits, device: int, shape: torch.Size, *layouts: Any
 ) -> Cut:
     """How kernels read tensors of one shape and these strides and dtypes, one after the other.
     Decided on tensors without data: shapes and strides are all that a call looks at."""
@@ -228,7 +285,7 @@ def _cut(
         else torch.empty_strided(shape, strides, dtype=dtype, device="meta")
         for strides, dtype in zip(layouts[::2], layouts[1::2], strict=True)
     ]
-    views = _views(dims, wants is not None, limits, tensors)
+    views = _views(dims, wants.backward, limits, tensors)
     copied = any(
         view.untyped_storage()._cdata != x.untyped_storage()._cdata
         for x, view in zip(tensors, views, strict=True)
@@ -236,10 +293,10 @@ def _cut(
     return _cut_views(views, device, wants, limits, copied)
 
 
-def _copies(dims: int, wants: Wants | None, *tensors: Tensor | None) -> tuple[Any, Any, Cut]:
+def _copies(dims: int, wants: Wants, *tensors: Tensor | None) -> tuple[Any, Any, Cut]:
     """x and the tensor beside it as kernels can read them, and what they see of them."""
     there = [t for t in tensors if t is not None]
-    views = _views(dims, wants is not None, LIMITS, there)
+    views = _views(dims, wants.backward, LIMITS, there)
     cut = _cut_views(views, views[0].get_device(), wants, LIMITS, True)
     return views[0], views[1] if len(views) > 1 else None, cut
 
@@ -258,7 +315,8 @@ def layer_norm_forward(
     layouts: tuple[Any, ...] = (None if x.is_contiguous() else x.stride(), x.dtype)
     if residual is not None:
         layouts += (residual.stride(), residual.dtype)
-    cut = _cut(dims, None, LIMITS, x.get_device(), x.shape, *layouts)
+    wants = Wants(False, (weight is not None) + (bias is not None))
+    cut = _cut(dims, wants, LIMITS, x.get_device(), x.shape, *layouts)
     outputs = outputs_of_rows(x, cut.shape.rows, dtype, want_sum)
     y, statistics, total = outputs
     if cut.plan is None:
@@ -266,7 +324,7 @@ def layer_norm_forward(
         statistics[1].fill_(math.nan)
         return outputs
     if cut.copied:
-        x, residual, cut = _copies(dims, None, x, residual)
+        x, residual, cut = _copies(dims, wants, x, residual)
     shape, view, plan, ticket, _ = cut
     partials = counters = None
     if ticket:
@@ -304,7 +362,7 @@ def layer_norm_backward(
         dy = dy.to(x.dtype)
     if dy.dtype != x.dtype:  # tiles are turned round in the dtype of x
         dy = dy.contiguous()
-    wants = Wants(dx is not None, wanted)
+    wants = Wants(True, wanted, dx is not None)
     layouts = (x.stride(), x.dtype, dy.stride(), dy.dtype)
     cut = _cut(dims, wants, LIMITS, x.get_device(), x.shape, *layouts)
     if cut.copied:
@@ -312,12 +370,15 @@ def layer_norm_backward(
     shape, plan = cut.shape, cut.plan
     wide, M, N = wide_dtype(x), shape.rows, shape.cols
     parts = partials = totals = counters = None
-    if wanted:
+    if wanted and plan.parts:
         parts = torch.empty((wanted, plan.parts, N), dtype=wide, device=x.device)
     if plan.ticket and dx is not None:
         partials = torch.empty((M, plan.chunks, 2), dtype=wide, device=x.device)
-        totals = torch.empty((M, 2), dtype=wide, device=x.device)
-    if wanted or plan.ticket:
+        if not plan.streams:
+            totals = torch.empty((M, 2), dtype=wide, device=x.device)
+    if plan.streams:
+        counters = launch.counters(x, 3 + M)
+    elif wanted or plan.ticket:
         sums = plan.parts * plan.chunks if wanted else 0
         counters = launch.counters(x, 3 + plan.groups + sums)
     dsum = None if dsum is None else dsum.contiguous()
