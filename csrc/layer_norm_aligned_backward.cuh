@@ -98,8 +98,9 @@ __device__ __forceinline__ void work_aligned(const LayerNormBackward& a, long wo
 #pragma unroll
         for (int k = 0; k < n; ++k) {
             const bool there = rows.in[k] && exists;
+            const float center = there ? mean : 0.0f;  // beyond the row x_hat is 0: dy times it is
             float x_hat[kVector], dz[kVector], w[kVector];
-            const Words weight = load_parameter<T>(a.weight, part.column(k), rows.in[k], 1);
+            const Words weight = load_parameter<T>(a.weight, part.column(k), there, 1);
             uint4 other = {0, 0, 0, 0};
             auto load_other = [&] {
                 if (adds && there) other = load_words<true>(dsum + at(row, k));
@@ -113,10 +114,10 @@ __device__ __forceinline__ void work_aligned(const LayerNormBackward& a, long wo
                 rows.load_wide_dy(k, there, dz);
             widen(as_vector<T>(rows.x[k]), x_hat);
 #pragma unroll
-            for (int j = 0; j < kVector; ++j) x_hat[j] = (x_hat[j] - mean) * rstd;
+            for (int j = 0; j < kVector; ++j) x_hat[j] = (x_hat[j] - center) * rstd;
             if constexpr (kActivates) {
                 float b[kVector];
-                widen_words<T>(load_parameter<T>(a.bias, part.column(k), rows.in[k], 0),
+                widen_words<T>(load_parameter<T>(a.bias, part.column(k), there, 0),
                                wider<T>(a.bias), b);
                 // four at a time: more would take registers that the sums are in
 #pragma unroll
@@ -154,7 +155,7 @@ __device__ __forceinline__ void work_aligned(const LayerNormBackward& a, long wo
         s = row_total(s, part.threads, turn);
         turn ^= 1;
         // rstd * (g - mean of g - x_hat * mean of g * x_hat), which is a multiple of a vector
-        const float slope = -rstd * rstd * (s.v[1] * share), offset = -rstd * (s.v[0] * share);
+        const float slope = -rstd * (s.v[1] * share), offset = -rstd * (s.v[0] * share);
 #pragma unroll
         for (int k = 0; k < n; ++k) {
             if (!rows.in[k] || !exists) continue;
@@ -162,7 +163,7 @@ __device__ __forceinline__ void work_aligned(const LayerNormBackward& a, long wo
             widen(as_vector<T>(x[k]), d);
 #pragma unroll
             for (int j = 0; j < kVector; ++j)
-                d[j] = scale * g[k][j] + ((d[j] - mean) * slope + offset);
+                d[j] = scale * g[k][j] + ((d[j] - mean) * rstd * slope + offset);
             store_vector(static_cast<T*>(a.dx) + at(row, k), narrow<T>(d));
         }
     }

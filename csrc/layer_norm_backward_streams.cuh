@@ -33,13 +33,13 @@ struct StreamRow {
         rstd = static_cast<const W*>(a.rstd)[row];
     }
 
-    // x_hat of a vector; zero beyond the row, as dy is already. Where no vector has columns of both
-    // sides, those beyond are of nobody, and dy is enough.
+    // x_hat of a vector; zero beyond the row, as dy is already, or their product could be none.
     __device__ __forceinline__ void normalize(int k, int rest, W (&x_hat)[kVector]) const {
         widen(as_vector<T>(x[k]), x_hat);
+        const W center = rest > 0 ? mean : W(0);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
-            x_hat[j] = (x_hat[j] - mean) * rstd;
+            x_hat[j] = (x_hat[j] - center) * rstd;
             if (!kFast && j >= rest) x_hat[j] = W(0);
         }
     }

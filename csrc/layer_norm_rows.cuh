@@ -3,7 +3,8 @@
 // (two loads and a funnel shift; on the way out the neighbour's part comes by shuffle).
 //
 // kFast, here and in the kernels: every row begins and ends on 16 bytes with its columns adjacent,
-// parameters and y begin there too and have the dtype of x or fp32 (see fast() in layer_norm.cu).
+// parameters and y begin there too and have the dtype of x or fp32 (see aligned() in
+// layer_norm_backward.cu).
 #pragma once
 #include "activation.cuh"
 #include "layer_norm.h"

@@ -167,8 +167,10 @@ class _Plan:
         if owner is None:
             return False
         traces = [self._trace(owner)]
-        if traces[0].absent:  # and what it does where these are given
+        if traces[0].absent:  # and what it does where it is given: of several, any may be
             traces.append(trace(owner, assume=False))
+            if len(traces[0].absent) > 1 or traces[1].graph is None:
+                return True
         nodes = [node for one in traces if one.graph is not None for node in one.graph.nodes]
         for node in nodes:
             if node.op == "call_module" and owner.get_submodule(node.target) is norm:
@@ -206,6 +208,7 @@ class _Plan:
             if node.op == "call_module"
         }
         guards: list[Guard] = []
+        unhooked: list[tuple[str, ...]] = []
         for norm in norms:
             calls = [node for node, module in modules.items() if module is norm]
             if calls and isinstance(norm, nn.LayerNorm):
@@ -226,6 +229,11 @@ class _Plan:
             # where the folded one was, has to be an error
             path = *str(fold.norm.target).split("."), "activation"
             guards.append((path, _attribute(norm, fold.activation)))
+            # hooks would be given, or give back, something else than the layer's input and output
+            if fold.residual is not None:
+                unhooked.append((*path[:-1], "_forward_pre_hooks"))
+            if fold.shared:
+                unhooked.append((*path[:-1], "_forward_hooks"))
             last = str(fold.last.target)
             if fold.last in modules and fold.last is not fold.norm and "." not in last:
                 guards.append(((last,), modules[fold.last]))
@@ -235,7 +243,12 @@ class _Plan:
             traced = self._trace(owner)
             all_guards = (*traced.guards, *guards)
             forward = FusedForward(
-                owner, *code_of(graph), all_guards, traced.absent, traced.checkpointed
+                owner,
+                *code_of(graph),
+                all_guards,
+                tuple(unhooked),
+                traced.absent,
+                traced.checkpointed,
             )
             where = " and ".join(f"{name} is None" for name in traced.absent)
             now = f"fused forward where {where}" if where else "fused forward"
@@ -256,7 +269,7 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None, dry_run: bool = Fal
     .. math:: y = f(\\operatorname{bn}(x) + r) \\qquad y = f(\\operatorname{layer\\_norm}(x + r))
 
     A sum that is used again after its layer norm, as in pre-norm transformers, is written by the
-    norm's kernel too.
+    norm's kernel too; not where it is returned, as its own gradient would lack what the norm adds.
 
     Norms become BatchNormAct1d, -2d, -3d or LayerNorm with an activation: the same objects,
     parameters and state_dict. In a Sequential the folded activation becomes an Identity. Elsewhere

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 JOBS = (
     "batch_norm-nchw-float16-silu", "synchronised-nchw-float16-silu",
     "batch_norm-nchw-tiny-float16", "activation_alone-gelu-float32",
-    "swish-nchw-float32-True", "layer_norm-4096-1024-float16", "layer_norm-512-40960-float16",
+    "swish-nchw-float32-True", "layer_norm-4096-1024-float16", "layer_norm-8192-769-float16",
+    "layer_norm-512-40960-float16",
     "layer_norm-4-262144-float16", "layer_norm_bare-4096-1024-bfloat16-none",
     "layer_norm_bare-512-32768-bfloat16-none", "layer_norm_bare-4-262144-bfloat16-none",
     "weight_norm-(512,1152)-0-float16", "weight_norm-(512,1152)-1-float16",

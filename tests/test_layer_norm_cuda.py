@@ -269,6 +269,29 @@ def test_edges(form: str) -> None:
             assert not weight.grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("cols", "value", "eps"), [(64, 2.0**121, 1e-5), (256, 2.0**110, 1e-12)])
+def test_nothing_beyond_a_row_is_multiplied(
+    form: str, cols: int, value: float, eps: float, dtype: torch.dtype
+) -> None:
+    """mean * rstd is infinite there, and times the zeros of dy none."""
+    x = torch.full((1, cols), value, dtype=dtype, requires_grad=True)
+    dy = torch.randn(1, cols).to(dtype)
+    with dispatch.backend("cuda"):
+        (dx,) = torch.autograd.grad(layer_norm(x, (cols,), eps=eps), x, dy)
+    (expected,) = torch.autograd.grad(
+        F.layer_norm(wide := x.double(), (cols,), eps=eps), wide, dy.double()
+    )
+    torch.testing.assert_close(dx.double(), expected, rtol=2e-2, atol=2e-2 * eps**-0.5)
+
+
+def test_rstd_may_be_as_large_as_it_gets(form: str) -> None:
+    x = (torch.randn(8, 64) * 1e-20).requires_grad_()
+    with dispatch.backend("cuda"):
+        (dx,) = torch.autograd.grad(layer_norm(x, (64,), eps=0.0), x, torch.randn(8, 64))
+    assert dx.isfinite().all()
+
+
 def test_the_same_bits_every_time(form: str) -> None:
     """Under schedules that let blocks finish in any order."""
     engine = getattr(sys.modules["fastnorm._cuda"], "engine", None)

@@ -281,6 +281,27 @@ def _match_add(
     )
 
 
+_LOOKS = ("retain_grad", "register_hook", "backward")
+
+
+def _seen(add: fx.Node) -> bool:
+    """Whether a sum's own gradient may be looked at: one call makes sum and norm, so that what the
+    norm sends back to the sum is not part of it."""
+    return any(user.op == "output" or user.target in _LOOKS for user in add.users)
+
+
+def _passes_others(first: fx.Node, last: fx.Node, root: nn.Module) -> bool:
+    """Whether a module that may change a tensor in place unseen stands between two nodes."""
+    node = first.next
+    while node is not last:
+        if node.op == "call_module":
+            module = root.get_submodule(str(node.target))
+            if not type(module).__module__.startswith("torch.nn."):
+                return True
+        node = node.next
+    return False
+
+
 def _match_layer_norm(node: fx.Node, root: nn.Module) -> Fold | str:
     name, reason, path = _following(node, root)
     add: Any = node.args[0]
@@ -288,7 +309,10 @@ def _match_layer_norm(node: fx.Node, root: nn.Module) -> Fold | str:
     plain = terms is not None and not _added_in_place(add)
     last, between = (path[-1], path[1:-1]) if name else (node, ())
     if terms is not None and plain and not _disturbed(add, node, root) and "hooks" not in reason:
-        return Fold(node, name or "identity", terms[1], add, last, between, len(add.users) > 1)
+        shared = len(add.users) > 1
+        if not _passes_others(add, node, root) and not (shared and _seen(add)):
+            return Fold(node, name or "identity", terms[1], add, last, between, shared)
+        reason = "its sum is returned, or a module stands between" if not name else reason
     return Fold(node, name, None, None, last, between) if name else reason
 
 

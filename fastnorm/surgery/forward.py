@@ -27,7 +27,8 @@ def code_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
 class FusedForward:
     """The forward of one instance, written by fuse_; deepcopy and pickle take it along.
 
-    Attributes that the trace has read are guards: another value at call time is a RuntimeError.
+    Attributes that the trace has read are guards: another value at call time is a RuntimeError, and
+    so is a hook where there must be none.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class FusedForward:
         source: str,
         namespace: dict[str, Any],
         guards: tuple[Guard, ...],
+        unhooked: tuple[tuple[str, ...], ...] = (),
         absent: tuple[str, ...] = (),
         checkpointed: bool = False,
     ) -> None:
@@ -43,6 +45,7 @@ class FusedForward:
         self.source = source
         self.namespace = namespace
         self.guards = tuple(dict(guards).items())
+        self.unhooked = unhooked
         self.absent = absent
         self.checkpointed = checkpointed
         self._compile()
@@ -68,14 +71,19 @@ class FusedForward:
         if self._gives_way(args, kwargs):
             return type(self.module).forward(self.module, *args, **kwargs)
         for path, expected in self.guards:
-            value: Any = self.module
-            for name in path:
-                value = getattr(value, name, "missing")
+            value = self._at(path)
             if value is not expected and (type(value) is not type(expected) or value != expected):
                 raise RuntimeError(
                     f"{'.'.join(path)} was {expected!r} when fuse_ traced "
                     f"{type(self.module).__name__}.forward and is {value!r} now: "
                     "call fastnorm.restore_ first, and fuse_ again"
+                )
+        for path in self.unhooked:
+            if self._at(path):
+                raise RuntimeError(
+                    f"{'.'.join(path)} is not empty any more: the fused forward of "
+                    f"{type(self.module).__name__} gives that layer, or takes from it, more than "
+                    "one tensor; call fastnorm.restore_ first, and fuse_ again"
                 )
         if not self.asserts:
             return self.function(self.module, *args, **kwargs)
@@ -86,6 +94,12 @@ class FusedForward:
             # fails in the same place with these inputs
             type(self.module).forward(self.module, *args, **kwargs)
             raise
+
+    def _at(self, path: tuple[str, ...]) -> Any:
+        value: Any = self.module
+        for name in path:
+            value = getattr(value, name, "missing")
+        return value
 
     def _gives_way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call is one that the trace does not stand for."""
@@ -115,6 +129,7 @@ class FusedForward:
             "module": self.module,
             "source": self.source,
             "guards": self.guards,
+            "unhooked": self.unhooked,
             "absent": self.absent,
             "checkpointed": self.checkpointed,
             "names": named,
@@ -124,6 +139,7 @@ class FusedForward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         modules = {key: __import__(name, fromlist=["*"]) for key, name in state["names"].items()}
         self.module, self.source, self.guards = state["module"], state["source"], state["guards"]
+        self.unhooked = state["unhooked"]
         self.absent, self.checkpointed = state["absent"], state["checkpointed"]
         self.namespace = {**state["objects"], **modules}
         self._compile()

@@ -98,7 +98,8 @@ class BatchNormFunction(torch.autograd.Function):
             eps,
             activation,
         )
-        ctx.save_for_backward(x, keep(residual, y, activation), weight, bias, statistics)
+        kept = None if residual is None else keep(residual, y, activation)
+        ctx.save_for_backward(x, kept, weight, bias, statistics)
         ctx.set_materialize_grads(False)  # what torch gives no gradient gets none from us
         ctx.settings = settings
         result: Tensor = y

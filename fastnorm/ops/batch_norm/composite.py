@@ -117,9 +117,9 @@ def keeps_output(activation: str) -> bool:
     return activation == "relu"
 
 
-def keep(residual: Tensor | None, y: Tensor, activation: str) -> Tensor | None:
+def keep(residual: Tensor, y: Tensor, activation: str) -> Tensor | None:
     """What backward needs of a residual: y, itself, or nothing."""
-    if residual is None or activation == "identity":
+    if activation == "identity":
         return None
     return y if keeps_output(activation) else residual
 

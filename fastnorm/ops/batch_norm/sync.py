@@ -128,7 +128,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             y, statistics = _forward(
                 x, residual, weight, bias, mean, var, None, False, None, eps, activation
             )
-        kept = keep(residual, y, activation)
+        kept = None if residual is None else keep(residual, y, activation)
         ctx.save_for_backward(x, kept, weight, bias, statistics, count)
         ctx.settings = eps, activation, group
         result: Tensor = y

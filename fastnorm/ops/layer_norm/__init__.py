@@ -108,18 +108,20 @@ class LayerNormFunction(torch.autograd.Function):
         ctx.save_for_backward(x if residual is None else total, weight, bias, statistics)
         if residual is None:
             return y  # type: ignore[no-any-return]
+        if total is not None and not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(total)
         return y, total
 
     @staticmethod
     def backward(
         ctx: Any, dy: Tensor | None, dsum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
+        if dy is None:  # only the sum was used, and may have been changed since
+            return *_of_terms(ctx, dsum), None, None, None, None
         x, weight, bias, statistics = ctx.saved_tensors
         dims, eps, activation, *_ = ctx.settings
         needs = [ctx.needs_input_grad[0] or ctx.needs_input_grad[1], *ctx.needs_input_grad[2:4]]
-        if dy is None:  # only the sum was used
-            dx, dweight, dbias = dsum, None, None
-        elif by_formula(dy, dsum):
+        if by_formula(dy, dsum):
             shape = list(x.shape[x.dim() - dims :])
 
             def composite(
@@ -134,17 +136,15 @@ class LayerNormFunction(torch.autograd.Function):
             dx, dweight, dbias = _backward(
                 x, dy, dsum, weight, bias, statistics, dims, activation, needs
             )
-        dresidual = dx if ctx.needs_input_grad[1] else None
-        if dresidual is not None and dresidual.dtype is not ctx.residual_dtype:
-            dresidual = dresidual.to(ctx.residual_dtype)
-        return (
-            dx if ctx.needs_input_grad[0] else None,
-            dresidual,
-            dweight,
-            dbias,
-            None,
-            None,
-        )
+        return *_of_terms(ctx, dx), dweight, dbias, None, None
+
+
+def _of_terms(ctx: Any, dx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and the residual by that of their sum."""
+    dresidual = dx if ctx.needs_input_grad[1] else None
+    if dresidual is not None and dresidual.dtype is not ctx.residual_dtype:
+        dresidual = dresidual.to(ctx.residual_dtype)
+    return dx if ctx.needs_input_grad[0] else None, dresidual
 
 
 _apply = applied(LayerNormFunction)
@@ -264,12 +264,8 @@ def layer_norm(
             "or 'input' (the input's dtype)"
         )
     shape = tuple(normalized_shape)
-    if residual is not None and (
-        residual.dtype is not input.dtype
-        or residual.shape != input.shape
-        or residual.device != input.device
-    ):
-        input, residual = _terms(input, residual)
+    if residual is not None:
+        input, residual = _terms(input, residual, return_sum)
     way = dispatch.way("layer_norm", input, residual, weight, bias)
     if way is None:
         total = input if residual is None else input + residual
@@ -288,10 +284,15 @@ def layer_norm(
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def _terms(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+def _terms(input: Any, residual: Any, return_sum: bool) -> tuple[Tensor, Tensor | None]:
     """x, which has the dtype of the sum, and a residual that the kernels can add to it; the sum and
-    None where they cannot."""
+    None where they cannot, or would give it other strides than torch."""
+    tensors = isinstance(input, Tensor) and isinstance(residual, Tensor)
+    if not tensors or (return_sum and not input.is_contiguous()):
+        return input + residual, None
     if residual.shape == input.shape and residual.device == input.device:
+        if residual.dtype is input.dtype:
+            return input, residual
         if input.dtype is torch.float32 and residual.dtype in _HALF:
             return input, residual
         if residual.dtype is torch.float32 and input.dtype in _HALF:

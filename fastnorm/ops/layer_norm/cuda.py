@@ -249,6 +249,9 @@ class Wants(NamedTuple):
     dx: bool = False
 
 
+_FORWARD = tuple(Wants(False, parameters) for parameters in range(3))
+
+
 def _cut_views(
     views: Sequence[Tensor], device: int, wants: Wants, limits: Limits, copied: bool
 ) -> Cut:
@@ -315,7 +318,7 @@ def layer_norm_forward(
     layouts: tuple[Any, ...] = (None if x.is_contiguous() else x.stride(), x.dtype)
     if residual is not None:
         layouts += (residual.stride(), residual.dtype)
-    wants = Wants(False, (weight is not None) + (bias is not None))
+    wants = _FORWARD[(weight is not None) + (bias is not None)]
     cut = _cut(dims, wants, LIMITS, x.get_device(), x.shape, *layouts)
     outputs = outputs_of_rows(x, cut.shape.rows, dtype, want_sum)
     y, statistics, total = outputs
