@@ -240,7 +240,7 @@ def layer_norm(
 
     Returns:
         The input's shape, row-major, in the dtype of the input or of its sum with the residual;
-        with that sum where ``return_sum``.
+        with that sum, row-major too, where ``return_sum``.
 
     Raises:
         RuntimeError: ``normalized_shape`` is empty or does not match the input, ``weight`` or
@@ -265,7 +265,7 @@ def layer_norm(
         )
     shape = tuple(normalized_shape)
     if residual is not None:
-        input, residual = _terms(input, residual, return_sum)
+        input, residual = _terms(input, residual)
     way = dispatch.way("layer_norm", input, residual, weight, bias)
     if way is None:
         total = input if residual is None else input + residual
@@ -284,11 +284,10 @@ def layer_norm(
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def _terms(input: Any, residual: Any, return_sum: bool) -> tuple[Tensor, Tensor | None]:
+def _terms(input: Any, residual: Any) -> tuple[Tensor, Tensor | None]:
     """x, which has the dtype of the sum, and a residual that the kernels can add to it; the sum and
-    None where they cannot, or would give it other strides than torch."""
-    tensors = isinstance(input, Tensor) and isinstance(residual, Tensor)
-    if not tensors or (return_sum and not input.is_contiguous()):
+    None where they cannot."""
+    if not (isinstance(input, Tensor) and isinstance(residual, Tensor)):
         return input + residual, None
     if residual.shape == input.shape and residual.device == input.device:
         if residual.dtype is input.dtype:
