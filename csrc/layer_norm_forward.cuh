@@ -279,8 +279,10 @@ __device__ __forceinline__ void leave_moments(const LayerNormForward& a, Tile ti
     arrive(arrivals);
 }
 
+// fp32 has room for two blocks on a multiprocessor: with three, a residual of another dtype spills.
 template <class T>
-__global__ void __launch_bounds__(kTicketThreads, 3) forward_ticket_kernel(LayerNormForward a) {
+__global__ void __launch_bounds__(kTicketThreads, sizeof(T) == 4 ? 2 : 3)
+    forward_ticket_kernel(LayerNormForward a) {
     using W = Wide<T>;
     constexpr int n = kForwardVectors;
     const unsigned ticket = take_ticket(a.counters);
