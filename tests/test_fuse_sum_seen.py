@@ -121,3 +121,23 @@ def test_the_sum_needs_a_gradient_where_its_terms_do(backend: str) -> None:
     total.mul_(2)  # nothing but the sum is asked for
     total.sum().backward()
     assert torch.equal(r.grad, torch.full_like(r, 2.0))
+
+
+class Optional(nn.Module):
+    """Two arguments may be None: the trace stands for neither call in which one is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seq = nn.Sequential(nn.LayerNorm(C), nn.GELU())
+
+    def forward(self, x: Tensor, a: Any = None, b: Any = None) -> Any:
+        if a is not None and b is None:
+            return self.seq[0](x)
+        return self.seq(x)
+
+
+def test_a_norm_that_one_of_two_arguments_calls_alone() -> None:
+    model, x = Optional(), torch.randn(2, C)
+    twin = fused(model)
+    for arguments in ((x,), (x, x), (x, x, x)):
+        torch.testing.assert_close(twin(*arguments), model(*arguments))

@@ -75,7 +75,7 @@ def inverse_root(variance, eps, eps_low, HALF: tl.constexpr, WIDE: tl.constexpr)
     if HALF:
         tiny = shifted < 1e-30
         return tl.rsqrt(tl.where(tiny, shifted * 2.0**40, shifted)) * tl.where(tiny, 2.0**20, 1.0)
-    elif WIDE == tl.float64:  # noqa: SIM300
+    elif WIDE == tl.float64:  # noqa: SIM300  # no constant, but a parameter
         return 1.0 / tl.sqrt(shifted)
     else:
         return 1.0 / tl.sqrt_rn(shifted)
